@@ -1,0 +1,116 @@
+"""Make or load models: causal LMs, scalar-head models on their backbone, tokenizers.
+
+In: a local folder or a Hub name. Out: a transformers model in fp32 or bf16. Nothing here runs code that comes with
+a checkpoint: safetensors only, no remote code.
+"""
+
+from dataclasses import dataclass
+
+from posttrain.args import arg
+from posttrain.errors import UserError
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class ModelConfig:
+    """Model: which one to start from"""
+
+    model_name_or_path: str = arg(help="folder of an earlier stage, any Hugging Face checkpoint folder, or a Hub name")
+    model_revision: str | None = arg(None, help="branch, tag or commit on the Hub")
+    dtype: str = arg("float32", help="dtype of the weights: float32 or bfloat16")
+    attn_implementation: str = arg("sdpa", help="attention of transformers: sdpa, eager, flash_attention_2, ...")
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+
+
+@dataclass
+class ShapeConfig:
+    """Shape: a Llama made from scratch"""
+
+    hidden_size: int = arg(128, help="width")
+    intermediate_size: int = arg(384, help="width of the gated MLP")
+    num_hidden_layers: int = arg(4, help="layers")
+    num_attention_heads: int = arg(4, help="attention heads")
+    max_position_embeddings: int = arg(512, help="longest sequence, in tokens")
+
+
+def load_tokenizer(name: str, revision: str | None = None):
+    """A fast tokenizer. UserError where there is none under that name."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, name, "tokenizer", revision=revision)
+
+
+def load_causal_lm(config: ModelConfig):
+    """A causal LM with dropout left to train()/eval()."""
+    from transformers import AutoModelForCausalLM
+
+    return _load_weights(AutoModelForCausalLM, config)
+
+
+def load_scalar_model(config: ModelConfig, **kwargs):
+    """A backbone with a scalar head (`score`), as `AutoModelForSequenceClassification` with one label."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _load_weights(AutoModelForSequenceClassification, config, num_labels=1, **kwargs)
+
+
+def _load_weights(auto_class, config: ModelConfig, **kwargs):
+    return _load(
+        auto_class,
+        config.model_name_or_path,
+        "model",
+        revision=config.model_revision,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        use_safetensors=True,
+        **kwargs,
+    )
+
+
+def _load(auto_class, name: str, what: str, revision: str | None, **kwargs):
+    try:
+        return auto_class.from_pretrained(name, revision=revision, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{what} {name!r} could not be loaded: {first} (expected the folder of a finished stage, "
+            "a Hugging Face checkpoint folder with safetensors, or a name on the Hub that can be reached)"
+        ) from error
+
+
+def make_llama(shape: ShapeConfig, tokenizer):
+    """A Llama with random weights for `tokenizer`, embeddings tied. UserError where the shape does not fit."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if shape.hidden_size % (2 * shape.num_attention_heads):
+        raise UserError(
+            f"hidden_size: found {shape.hidden_size}, expected a multiple of 2 x num_attention_heads "
+            f"({shape.num_attention_heads})"
+        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        max_position_embeddings=shape.max_position_embeddings,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def max_positions(model) -> int:
+    return model.config.max_position_embeddings
+
+
+def save_pair(model, tokenizer, folder) -> None:
+    """Model and tokenizer as a plain Hugging Face checkpoint."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Reinforcement learning: one loop for PPO and GRPO. Start reading at `trainer.py`."""

@@ -1,0 +1,92 @@
+"""From experience to forward passes: `MicroBatch` holds packed rows and, flat over completion tokens, what a loss needs.
+
+In: an `Experience` and indices into it. Out: micro-batches of bounded size, whatever the lengths.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from posttrain.packing import Packed, by_tokens, pack
+from posttrain.rl.logprobs import completion_positions
+from posttrain.rl.types import Experience, Rollouts
+
+
+@dataclass
+class MicroBatch:
+    """M = all completion tokens of its sequences; tensors (M,) unless said otherwise."""
+
+    packed: Packed
+    select: Tensor  # flat position that predicts each token
+    targets: Tensor
+    sizes: list[int]  # completion tokens of each sequence
+    old_logps: Tensor
+    advantages: Tensor
+    weights: Tensor  # of each token in the step's loss
+    ref_logps: Tensor | None
+    values: Tensor | None
+    returns: Tensor | None
+
+
+def prompt_indices(step: int, num: int, size: int, seed: int) -> list[int]:
+    """Which of `size` prompts step `step` takes: slices of an endless row of seeded shuffles.
+
+    A function of its arguments alone: a resumed run takes what the unbroken one would have; none is skipped.
+    """
+    picked = []
+    for position in range(step * num, (step + 1) * num):
+        epoch, offset = divmod(position, size)
+        picked.append(_order(epoch, size, seed)[offset])
+    return picked
+
+
+def _order(epoch: int, size: int, seed: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"prompts-{seed}-{epoch}").shuffle(order)
+    return order
+
+
+def token_lengths(rollouts: Rollouts) -> list[int]:
+    return [len(p) + len(c.ids) for p, c in zip(rollouts.prompt_ids, rollouts.completions, strict=True)]
+
+
+def pack_rollouts(rollouts: Rollouts, indices: list[int], device) -> tuple[Packed, Tensor, Tensor, list[int]]:
+    """(packed rows, select (M,), targets (M,), completion sizes) of these completions with their prompts."""
+    prompts = [rollouts.prompt_ids[i] for i in indices]
+    completions = [rollouts.completions[i].ids for i in indices]
+    sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
+    packed = pack(sequences, capacity=max(256, *map(len, sequences)))
+    sizes = [len(c) for c in completions]
+    select = completion_positions(packed.starts, [len(p) for p in prompts], sizes).to(device)
+    packed = packed.to(device)
+    return packed, select, packed.input_ids.flatten()[select + 1], sizes
+
+
+def micro_batches(experience: Experience, indices: list[int], weights: Tensor, max_tokens: int, device):
+    """Micro-batches over `indices`; `weights` (N,) is the weight of each token of each sequence."""
+    lengths = token_lengths(experience.rollouts)
+    batches = []
+    for group in by_tokens([lengths[i] for i in indices], max_tokens):
+        members = [indices[g] for g in group]
+        packed, select, targets, sizes = pack_rollouts(experience.rollouts, members, device)
+
+        def flat(pieces, members=members):
+            return None if pieces is None else torch.cat([pieces[i] for i in members]).to(device)
+
+        batches.append(
+            MicroBatch(
+                packed,
+                select,
+                targets,
+                sizes,
+                flat(experience.old_logps),
+                flat(experience.advantages),
+                torch.repeat_interleave(weights[members], torch.tensor(sizes)).to(device),
+                flat(experience.ref_logps),
+                flat(experience.values),
+                flat(experience.returns),
+            )
+        )
+    return batches

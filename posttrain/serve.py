@@ -1,0 +1,399 @@
+"""Talk to a model in the terminal, token by token.
+
+In:  a stage folder, any Hugging Face folder or a Hub id of a causal language model.
+Out: the reply on stdout, as it is sampled; all else (notes, prompt tokens, errors) on stderr, so it can be piped.
+Run: posttrain chat runs/tiny/grpo
+     posttrain chat runs/tiny/grpo --prompt "What is 17 + 25?" --temperature 0
+     posttrain chat runs/tiny/pretrain --prompt "Once upon"        # no chat template: completes plain text
+"""
+
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from posttrain.errors import UserError
+from posttrain.stage import read_manifest
+
+HELP = """\
+/system TEXT  set the system message (/system alone removes it)
+/reset        forget the conversation, keep the system message
+/raw          show the tokens (on/off): [text]id(probability), the prompt's tokens first
+/help         this list
+/quit         leave (as does Ctrl-D); Ctrl-C stops a reply and keeps the conversation
+A message that begins with a slash: put a space before it."""
+
+DIM, SPECIAL = "2", "33"  # ANSI colours: faint, yellow
+
+# Everything a terminal could act on: C0 and C1 controls but newline and tab, line separators, bidirectional overrides.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def chat(
+    model: str,
+    *,
+    prompt: str | None = None,
+    system: str | None = None,
+    raw: bool = False,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int | None = None,
+) -> int:
+    """Chat with `model` in the terminal, or with `prompt` answer once; return the exit code 0.
+
+    `temperature` 0 is greedy decoding; `top_p` is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751).
+    A model without a chat template completes `prompt` as plain text.
+    Raises UserError for a folder that holds no causal language model, or settings out of range.
+    """
+    check_settings(temperature, top_p, max_new_tokens)
+    session = Session(*load(model), temperature, top_p, max_new_tokens, seed, raw=raw)
+    if system is not None:
+        session.set_system(system)
+    if prompt is not None:
+        try:
+            session.turn(prompt)
+        except BrokenPipeError:  # `| head`: nobody reads on, and Python's own flush at exit must not complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    note(f"{model}: {session.describe()}; /help lists the commands")
+    return converse(session)
+
+
+def check_settings(temperature: float, top_p: float, max_new_tokens: int) -> None:
+    if not temperature >= 0:
+        raise UserError(f"temperature is {temperature}; expected 0 (greedy) or more, for example 0.7")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p is {top_p}; expected more than 0 and at most 1, for example 0.95")
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more, for example 256")
+
+
+def load(name: str):
+    """Return (causal language model in eval mode, tokenizer). Raises UserError that says what `name` holds instead."""
+    check_folder(name)
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    # A folder or repository of code must never run, nor ask on stdin whether it may.
+    safe = {"trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **safe)
+        check_architecture(name, config.architectures or [])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
+        causal_lm, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", device_map="auto", output_loading_info=True, **safe
+        )
+    except UserError:
+        raise
+    except Exception as error:  # transformers, safetensors and tokenizers each raise their own kinds
+        where = "in the folder" if Path(name).is_dir() else "on the Hub (no folder of that name is here)"
+        raise UserError(f"{name}: no causal language model could be loaded {where}: {error}") from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"{name}: the checkpoint lacks {len(info['missing_keys'])} of the model's weights, "
+            f"among them {sorted(info['missing_keys'])[0]}; expected all. Save or copy the model again."
+        )
+    return causal_lm.eval(), tokenizer
+
+
+def check_folder(name: str) -> None:
+    """Raise UserError when `name` is a local path without a finished model; a name that may be a Hub id passes."""
+    folder = Path(name)
+    if folder.is_file():
+        raise UserError(f"{name} is a file; expected the folder of a model (the one that holds config.json)")
+    if not folder.exists():
+        # runs/tny: its parent is here, so it is a mistyped path, and asking the Hub would only cost time.
+        may_be_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not ("/" in name and folder.parent.is_dir())
+        if may_be_hub_id:
+            return
+        raise UserError(f"{name}: no such folder. {choices(folder.parent)}")
+    started = [mark for mark in ("checkpoints", "run.json") if (folder / mark).exists()]
+    if started and not (folder / "stage.json").exists():
+        raise UserError(
+            f"{name} is a stage that has not finished ({started[0]} but no stage.json); "
+            "run the stage again: it goes on from its last checkpoint"
+        )
+    if not (folder / "config.json").exists():
+        if models_in(folder):
+            raise UserError(f"{name} is a run. {choices(folder)}")
+        manifest = read_manifest(folder)
+        what = (
+            f"is a finished '{manifest['stage']}' stage, which leaves no model" if manifest else "has no config.json"
+        )
+        raise UserError(f"{name} {what}. {choices(folder.parent)}")
+
+
+def check_architecture(name: str, architectures: list[str]) -> None:
+    for architecture in architectures:
+        if architecture.endswith("ForSequenceClassification"):
+            parents = (read_manifest(name) or {}).get("parents")
+            mend = "Choose a causal language model."
+            if parents:
+                path = next(iter(parents.values()))["path"]
+                mend = f"It was trained from {path}: try posttrain chat {path}"
+            raise UserError(f"{name} is a reward model ({architecture}): it scores replies and writes none. {mend}")
+
+
+def models_in(folder: Path) -> list[str]:
+    """Folders directly under `folder` that can chat, oldest stage first."""
+    found = []
+    for config in folder.glob("*/config.json"):
+        if "ForSequenceClassification" not in config.read_text(encoding="utf-8"):
+            found.append(((read_manifest(config.parent) or {}).get("created", ""), str(config.parent)))
+    return [path for _, path in sorted(found)]
+
+
+def choices(folder: Path) -> str:
+    models = models_in(folder)
+    if not models:
+        return "Expected the folder of a model (the one with config.json) or a Hub id such as openai-community/gpt2."
+    return f"Choose one of {', '.join(models)}" if len(models) > 1 else f"Choose {models[0]}"
+
+
+def sample(model, prompt_ids: list[int], stop_ids: set[int], max_new_tokens: int, temperature, top_p, generator):
+    """Yield (token id, its probability under the model at temperature 1) until a stop token, which is yielded too.
+
+    Raises UserError when the model's output is not a number.
+    """
+    import torch
+
+    ids = torch.tensor([prompt_ids], device=model.device)  # (1, T), then (1, 1): the rest is in the KV cache
+    cache = None
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # On the CPU, so that one seed gives the same draws on every device.
+        logits = output.logits[0, -1].float().cpu()  # (V,)
+        if logits.isnan().any():
+            raise UserError("the model's logits are not numbers (NaN): its weights are broken; use another checkpoint")
+        token = choose(logits, temperature, top_p, generator)
+        yield token, logits.softmax(-1)[token].item()
+        if token in stop_ids:
+            return
+        cache, ids = output.past_key_values, torch.tensor([[token]], device=model.device)
+
+
+def choose(logits, temperature: float, top_p: float, generator) -> int:
+    """Draw one token id from `logits` (V,): greedy at temperature 0, else from the smallest set of mass >= top_p."""
+    import torch
+
+    if temperature == 0:
+        return int(logits.argmax())
+    # With the largest logit at 0 a tiny temperature cannot overflow.
+    probs = ((logits - logits.max()) / temperature).softmax(-1)  # (V,)
+    if top_p < 1:
+        ordered, order = probs.sort(descending=True)
+        outside = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
+        probs[order[outside]] = 0
+    return int(torch.multinomial(probs, 1, generator=generator))
+
+
+@dataclass
+class Session:
+    """A model, how it is sampled and the conversation so far (whole turns: user, assistant, user, ...)."""
+
+    model: object
+    tokenizer: object
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int | None
+    raw: bool = False
+    system: str | None = None
+    messages: list[dict] = field(default_factory=list)
+
+    def __post_init__(self):
+        import torch
+
+        self.generator = torch.Generator()
+        self.generator.seed() if self.seed is None else self.generator.manual_seed(self.seed)
+        end = self.model.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        self.stop_ids = {token for token in [*ends, self.tokenizer.eos_token_id] if token is not None}
+        # Models without position limit (state space models) have no such key.
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context = limit or sys.maxsize
+
+    @property
+    def is_base(self) -> bool:
+        return self.tokenizer.chat_template is None
+
+    def describe(self) -> str:
+        kind = "no chat template, so it completes plain text" if self.is_base else "chat template found"
+        millions = self.model.num_parameters() / 1e6
+        return f"{type(self.model).__name__}, {millions:.1f}M parameters on {self.model.device}, {kind}"
+
+    def set_system(self, text: str | None) -> None:
+        if self.is_base:
+            raise UserError("the model has no chat template, so no place for a system message; put it in the prompt")
+        self.system = clean(text) if text else None
+
+    def turn(self, text: str) -> None:
+        """Stream the reply to `text` and remember both; after Ctrl-C what was said so far is remembered."""
+        text = clean(text)
+        prompt_ids = self.fit(text)
+        if self.raw:
+            note(f"prompt, {len(prompt_ids)} tokens:")
+            print(*(raw_token(self.tokenizer, token, sys.stderr) for token in prompt_ids), file=sys.stderr, flush=True)
+        stream, room = TextStream(self.tokenizer), min(self.max_new_tokens, self.context - len(prompt_ids))
+        ended = False
+        settings = self.temperature, self.top_p, self.generator
+        try:
+            for token, prob in sample(self.model, prompt_ids, self.stop_ids, room, *settings):
+                ended = token in self.stop_ids
+                new_text = "" if ended else stream.add(token)
+                write(raw_token(self.tokenizer, token, sys.stdout, prob) + " " if self.raw else printable(new_text))
+        finally:
+            write(("" if self.raw else printable(stream.end())) + "\n")
+            if (ended or stream.ids) and not self.is_base:
+                user, assistant = {"role": "user", "content": text}, {"role": "assistant", "content": stream.text}
+                self.messages += [user, assistant]
+        if not ended:
+            full = room < self.max_new_tokens
+            note(f"[cut: the context of {self.context} tokens is full]" if full else f"[cut at max_new_tokens {room}]")
+
+    def fit(self, text: str) -> list[int]:
+        """Token ids of the prompt; forgets the oldest turns until a quarter of the context is left for the reply."""
+        reserve = min(self.max_new_tokens, self.context // 4)
+        prompt_ids, dropped = self.encode(text), 0
+        while len(prompt_ids) + reserve > self.context and self.messages:
+            del self.messages[:2]
+            prompt_ids, dropped = self.encode(text), dropped + 1
+        if dropped:
+            note(f"[the context holds {self.context} tokens: the oldest {dropped} turn(s) were dropped]")
+        if len(prompt_ids) >= self.context:
+            raise UserError(
+                f"the prompt has {len(prompt_ids)} tokens; the model's context holds {self.context}, reply included. "
+                "Shorten the prompt or the system message."
+            )
+        return prompt_ids
+
+    def encode(self, text: str) -> list[int]:
+        if self.is_base:
+            # A control token spelt out in the text stays text; the tokenizer adds its own begin token.
+            ids = self.tokenizer(text, split_special_tokens=True).input_ids
+            if ids and ids[-1] == self.tokenizer.eos_token_id:
+                ids.pop()  # some tokenizers also close the text, and the model is asked to go on
+            if not ids:
+                raise UserError("the prompt is empty; give the model some text to complete")
+            return ids
+        import jinja2
+
+        from posttrain.chat import encode_chat
+
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*head, *self.messages, {"role": "user", "content": text}]
+        try:
+            return encode_chat(self.tokenizer, messages, add_generation_prompt=True).input_ids
+        except jinja2.TemplateError as error:  # e.g. "System role not supported"
+            raise UserError(f"the model's chat template refuses the conversation: {error}") from error
+
+
+def converse(session: Session) -> int:
+    """Read messages and commands from stdin until /quit or its end."""
+    if importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # gives input() line editing and history
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+            if not line.strip():
+                continue
+            if line.startswith("/"):
+                if not command(session, line):
+                    return 0
+            else:
+                session.turn(line if session.is_base else line.strip())
+        except EOFError:
+            note("")  # the shell's prompt starts on its own line
+            return 0
+        except KeyboardInterrupt:
+            note("\n[stopped; /quit or Ctrl-D leaves]")
+        except UserError as error:  # one message that cannot be answered does not end the conversation
+            note(f"error: {error}")
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin is not {sys.stdin.encoding} text: {error}") from error
+
+
+def command(session: Session, line: str) -> bool:
+    """Carry out a /command; False means leave."""
+    name, _, rest = line.strip().partition(" ")
+    if name == "/quit":
+        return False
+    if name == "/system":
+        session.set_system(rest.strip())
+        note("[system message set]" if session.system else "[no system message]")
+    elif name == "/reset":
+        session.messages.clear()
+        note("[conversation forgotten]")
+    elif name == "/raw":
+        session.raw = not session.raw
+        note(f"[tokens {'shown' if session.raw else 'hidden'}]")
+    elif name == "/help":
+        note(HELP)
+    else:
+        note(f"unknown command {printable(name)}; /help lists them")
+    return True
+
+
+class TextStream:
+    """Token ids in, text out; a character whose bytes are spread over several tokens comes out when it is whole."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.text, self.shown = tokenizer, [], "", 0
+
+    def add(self, token: int) -> str:
+        """Return the text that `token` completes, often none."""
+        self.ids.append(token)
+        self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        # An unfinished UTF-8 character (at most three of its four bytes) decodes to up to three U+FFFD at the end.
+        tail = self.text[-3:]
+        return self.take(len(self.text) - len(tail) + len(tail.rstrip("\ufffd")))
+
+    def end(self) -> str:
+        """Return what was held back: bytes that never became a character."""
+        return self.take(len(self.text))
+
+    def take(self, stop: int) -> str:
+        new, self.shown = self.text[self.shown : stop], max(self.shown, stop)
+        return new
+
+
+def raw_token(tokenizer, token: int, stream, prob: float | None = None) -> str:
+    """`[text]id(probability)`, coloured for `stream`; part of a character is spelt as in the vocabulary."""
+    # The second of two: SentencePiece decoders drop the space a text starts with.
+    once, twice = (tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+    text = twice[len(once) :]
+    if "\ufffd" in text:
+        text = tokenizer.convert_ids_to_tokens(token)
+    text = printable(text.replace("\n", "\\n").replace("\t", "\\t"))
+    if token in tokenizer.added_tokens_decoder:
+        text = paint(text, SPECIAL, stream)
+    return f"[{text}]" + paint(f"{token}" if prob is None else f"{token}({prob:.2f})", DIM, stream)
+
+
+def printable(text: str) -> str:
+    """`text` with everything a terminal would act on spelt out, so that a model cannot move the cursor or worse."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def clean(text: str) -> str:
+    """Bytes of an argument that were no UTF-8 arrive as lone surrogates, which no tokenizer takes."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def paint(text: str, colour: str, stream) -> str:
+    plain = not stream.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\x1b[{colour}m{text}\x1b[0m"
+
+
+def write(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"  # a terminal that lacks a character gets its escape, not a crash
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    print(paint(text, DIM, sys.stderr), file=sys.stderr, flush=True)

@@ -1,0 +1,307 @@
+"""One stage: from a parsed config and its parents to a folder with a checkpoint and a manifest, or a clear refusal.
+
+In: the recipe's dataclasses, its parents by role, its data. Out: `output_dir`, a plain Hugging Face checkpoint with
+`stage.json`, which is written last: a folder without it is not a finished stage. Recipes call
+
+    stage = start("sft", configs, parents={"policy": path}, data=[...])
+    ... stage.log(step, loss=...); stage.save(step, write) when due; with stage.running(): ...
+    stage.finish(write_model, metrics=...)
+"""
+
+import json
+import os
+import shutil
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from posttrain import args, checkpoint, yaml_file
+from posttrain.args import arg
+from posttrain.errors import UserError
+from posttrain.provenance import file_sha256s, git_commit, machine, versions
+
+# Keys that change what is printed or kept, never what is computed: a resumed or finished stage may differ in them.
+FREE_KEYS = {"output_dir", "resume", "overwrite", "logging_steps", "save_total_limit", "keep_checkpoints"}
+RUN, STAGE, CONFIG, LOG = "run.json", "stage.json", "config.yaml", "log.jsonl"
+
+
+@dataclass
+class StageConfig:
+    """Stage: where it writes, how it resumes"""
+
+    output_dir: str = arg(help="folder of the finished stage: a Hugging Face checkpoint and stage.json")
+    seed: int = arg(0, help="seed of initialisation, data order and sampling")
+    resume: str = arg("auto", help="auto: continue an unfinished run of the same config; must: fail if there is none; never")
+    overwrite: bool = arg(False, help="delete what an earlier run left in output_dir and start again")
+    save_steps: int = arg(0, help="write a checkpoint to resume from every so many steps; 0 only when interrupted")
+    save_total_limit: int = arg(1, help="how many complete checkpoints are kept while running")
+    keep_checkpoints: bool = arg(False, help="keep checkpoints/ after the stage has finished")
+    logging_steps: int = arg(10, help="a line in log.jsonl every so many steps")
+
+    def __post_init__(self):
+        if self.resume not in ("auto", "must", "never"):
+            raise UserError(f"resume: found {self.resume!r}, expected auto, must or never")
+        for key, least in {"save_steps": 0, "save_total_limit": 1, "logging_steps": 1}.items():
+            if getattr(self, key) < least:
+                raise UserError(f"{key}: found {getattr(self, key)}, expected at least {least}")
+
+
+def read_manifest(path: str | Path) -> dict | None:
+    """The manifest of a finished stage, or None where `path` is no stage folder. UserError where it is unreadable."""
+    file = Path(path) / STAGE
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): run that stage again with --overwrite true") from error
+    if manifest.get("status") != "finished":
+        raise UserError(f"{file}: status is {manifest.get('status')!r}, expected 'finished': run that stage to its end")
+    return manifest
+
+
+def describe_parents(parents: dict[str, str], planned=()) -> dict[str, dict]:
+    """role -> {"path", "stage", "sha256", "tokenizer_sha256"}; UserError for a stage that is missing or unfinished.
+
+    `planned` holds output folders that earlier stages of a chain will have written (used by dry runs). A path with
+    no local folder is taken as a name on the Hub and left to the loader.
+    """
+    described = {}
+    for role, path in parents.items():
+        folder = Path(path)
+        if str(path) in set(map(str, planned)):
+            described[role] = {"path": str(path), "stage": "planned", "sha256": None, "tokenizer_sha256": None}
+            continue
+        if folder.is_dir() and ((folder / RUN).is_file() and not (folder / STAGE).is_file()):
+            raise UserError(f"{role}: {path} is an unfinished stage (it has no {STAGE}): run it to its end first")
+        if not folder.is_dir() and (len(folder.parts) != 2 or folder.parent.is_dir() or path.startswith((".", "/"))):
+            raise UserError(f"{role}: no folder {path!r}, and it is no Hub name (user/name): run the stage that writes it")
+        manifest = read_manifest(folder) or {}
+        hashes = file_sha256s(folder, (STAGE, "tokenizer.json"))
+        described[role] = {
+            "path": str(path),
+            "stage": manifest.get("stage"),
+            "sha256": hashes.get(STAGE),
+            "tokenizer_sha256": hashes.get("tokenizer.json"),
+        }
+    _refuse_tokenizer_mismatch(described)
+    return described
+
+
+def _refuse_tokenizer_mismatch(parents: dict[str, dict]) -> None:
+    """Policy and reward model must read the same token ids: rollouts are passed on as tokens, never as text."""
+    known = {role: p for role, p in parents.items() if p["tokenizer_sha256"]}
+    if len({p["tokenizer_sha256"] for p in known.values()}) > 1:
+        roles = "; ".join(f"{role} {p['path']} has tokenizer {p['tokenizer_sha256'][:12]}" for role, p in known.items())
+        raise UserError(f"parents have different tokenizers: {roles}. Train the reward model from the policy's own stage")
+
+
+class Stage:
+    """A running stage; made by `start`. `resume_folder` is the checkpoint to continue from, or None."""
+
+    def __init__(self, name: str, config: dict, parents: dict, data: list[dict], main: bool):
+        self.name, self.config, self.parents, self.data, self.main = name, config, parents, data, main
+        self.output_dir = Path(config["output_dir"])
+        self.resume_folder: Path | None = None
+        self.started, self.elapsed_before = time.monotonic(), 0.0
+        self.signal: int | None = None
+        self._deferring = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent on this stage, earlier interrupted runs included."""
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def _on_signal(self, number, frame) -> None:
+        self.signal = number  # a second signal during the save changes nothing: the save runs to its end
+        if not self._deferring:
+            raise SystemExit(128 + number)
+
+    @contextmanager
+    def running(self):
+        """While training: SIGTERM and Ctrl-C are noted in `stopping` and the loop saves and leaves by itself."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.signal is not None:
+            raise SystemExit(128 + self.signal)
+
+    @property
+    def stopping(self) -> bool:
+        return self.signal is not None
+
+    def due(self, step: int, last: int) -> bool:
+        """Whether a checkpoint belongs after `step` of `last`: every save_steps, and when a signal came."""
+        every = self.config["save_steps"]
+        return self.stopping or (every > 0 and step % every == 0 and step < last)
+
+    def log(self, step: int, **numbers: float) -> None:
+        """One line of log.jsonl; `time` is in seconds since the stage began."""
+        if self.main:
+            line = {"step": step, "time": round(self.elapsed, 3), **numbers}
+            with open(self.output_dir / LOG, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def append(self, name: str, rows: list[dict]) -> None:
+        """Append rows to a JSONL file of the stage (rollouts.jsonl)."""
+        if self.main:
+            with open(self.output_dir / name, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def save(self, step: int, write, **facts) -> None:
+        """Checkpoint `step`: `write(folder)` fills it; written beside, flushed, hashed, renamed."""
+        if self.main:
+            folder = self.output_dir / "checkpoints" / f"step-{step:08d}"
+            facts = {"step": step, "elapsed": self.elapsed, **facts}
+            checkpoint.save(folder, write, keep=self.config["save_total_limit"], **facts)
+
+    def finish(self, write_model, *, metrics: dict, gains=(), samples=(), tokens: int = 0, **facts) -> None:
+        """Write the model into output_dir and then the manifest; only the main process writes.
+
+        `write_model(folder)` saves model and tokenizer. `metrics`: name -> {"value", "low", "high", "n"}.
+        """
+        if not self.main:
+            return
+        temporary, files = checkpoint.staging(self.output_dir, write_model)
+        for name in files:
+            (self.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary / name, self.output_dir / name)
+        shutil.rmtree(temporary)
+        template = self.output_dir / "chat_template.jinja"
+        hashes = file_sha256s(self.output_dir, ("tokenizer.json", template.name))
+        manifest = {
+            "format": 1,
+            "stage": self.name,
+            "status": "finished",
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "seed": self.config["seed"],
+            "parents": self.parents,
+            "data": self.data,
+            "tokenizer_sha256": hashes.get("tokenizer.json"),
+            "chat_template_sha256": hashes.get(template.name),
+            "config": self.config,
+            "git_commit": git_commit(),
+            "versions": versions(),
+            "machine": machine(),
+            "metrics": metrics,
+            "gains": list(gains),
+            "samples": list(samples),
+            "wall_time_s": round(self.elapsed, 1),
+            "tokens": tokens,
+            **facts,
+            "files": files,
+        }
+        checkpoint.write_json(self.output_dir / STAGE, manifest)
+        (self.output_dir / RUN).unlink(missing_ok=True)
+        if not self.config["keep_checkpoints"]:
+            shutil.rmtree(self.output_dir / "checkpoints", ignore_errors=True)
+
+
+def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> Stage:
+    """Check the output folder and the parents, decide what to resume, seed everything.
+
+    Exits 0 where the stage is finished already with this config. Raises UserError for a folder that is not ours,
+    another config, an unfinished parent, a damaged checkpoint, or `resume: must` with nothing to resume.
+    """
+    import accelerate
+
+    process = accelerate.PartialState()
+    config = args.resolved(*configs)
+    stage = Stage(name, config, describe_parents(parents), data, process.is_main_process)
+    found = _look(stage)
+    process.wait_for_everyone()
+    if found == "finished":
+        if stage.main:
+            print(f"{name}: {stage.output_dir} is finished already with this config (--overwrite true runs it again)")
+        raise SystemExit(0)
+    if found != "resume" and stage.main:
+        _make_fresh(stage)
+    process.wait_for_everyone()
+    if found == "resume":
+        _resume(stage)
+    accelerate.utils.set_seed(config["seed"])
+    return stage
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """`key: old -> new` for every key that matters to the result."""
+    keys = sorted((set(old) | set(new)) - FREE_KEYS)
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
+
+
+def _look(stage: Stage) -> str:
+    """What output_dir holds: "fresh", "finished" (same config) or "resume"; UserError where it may not be used."""
+    folder, config = stage.output_dir, stage.config
+    if folder.is_symlink():
+        raise UserError(f"output_dir: {folder} is a symbolic link; name the folder itself")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir: {folder} is a file; name a folder")
+    mine = [mark for mark in (STAGE, RUN) if (folder / mark).is_file()]
+    if folder.is_dir() and any(folder.iterdir()) and not mine:
+        raise UserError(f"output_dir: {folder} holds files that are not a stage of posttrain; name an empty folder")
+    if config["overwrite"] or not mine:
+        if config["resume"] == "must":
+            raise UserError(f"resume: must, but {folder} has no unfinished run to resume")
+        return "fresh"
+    before = json.loads((folder / mine[0]).read_text(encoding="utf-8"))
+    changed = differences(before["config"], config) + _changed_inputs(before, stage)
+    if STAGE in mine:
+        if changed:
+            raise UserError(
+                f"{folder} holds a finished {before['stage']} stage of another config:\n  " + "\n  ".join(changed)
+                + "\nadd --overwrite true to run it again, or name another --output_dir"
+            )
+        return "finished"
+    if config["resume"] == "never" or not checkpoint.complete(folder / "checkpoints"):
+        if config["resume"] == "must":
+            raise UserError(f"resume: must, but {folder} has no complete checkpoint")
+        return "fresh"
+    if changed:
+        raise UserError(
+            f"{folder} holds an unfinished run of another config; it cannot be continued with this one:\n  "
+            + "\n  ".join(changed) + "\nrestore the config, or add --overwrite true to start again"
+        )
+    return "resume"
+
+
+def _changed_inputs(before: dict, stage: Stage) -> list[str]:
+    """Parents and data that differ from those the earlier run was started with."""
+    roles = sorted(set(before["parents"]) | set(stage.parents))
+    pairs = [(f"parent {role}", before["parents"].get(role), stage.parents.get(role)) for role in roles]
+    pairs = [(name, old and old["sha256"], new and new["sha256"]) for name, old, new in pairs]
+    pairs.append(("data", [d["sha256"] for d in before["data"]], [d["sha256"] for d in stage.data]))
+    return [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]
+
+
+def _make_fresh(stage: Stage) -> None:
+    """Empty the folder of what an earlier run left (it is a stage of ours: `_look` has seen to that), mark the run."""
+    folder = stage.output_dir
+    if folder.exists():
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    run = {"stage": stage.name, "config": stage.config, "parents": stage.parents, "data": stage.data}
+    checkpoint.write_json(folder / RUN, run)
+    (folder / CONFIG).write_text(yaml_file.dump(stage.config), encoding="utf-8")
+
+
+def _resume(stage: Stage) -> None:
+    """Take the last complete checkpoint and drop what was logged after it."""
+    stage.resume_folder = checkpoint.last_complete(stage.output_dir / "checkpoints")
+    manifest = checkpoint.read_manifest(stage.resume_folder)
+    stage.elapsed_before = manifest["elapsed"]
+    if stage.main:
+        for name in (LOG, "rollouts.jsonl"):
+            file = stage.output_dir / name
+            if file.is_file():
+                lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= manifest["step"]]
+                file.write_text("".join(kept), encoding="utf-8")
+        print(f"{stage.name}: resuming {stage.output_dir} at step {manifest['step']}", flush=True)

@@ -1,0 +1,154 @@
+"""The optimisation shared by pretraining, reward modelling and RL: one safe step, schedules, state.
+
+In: a model, micro-batches and a function that gives each one's share of the step's loss. Out: an updated model and
+numbers to log. A non-finite loss or gradient stops before the update and names the step and its rows.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from posttrain.args import arg
+from posttrain.errors import UserError
+
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer: AdamW, warm-up, schedule, clipping"""
+
+    learning_rate: float = arg(1e-3, help="peak learning rate")
+    lr_scheduler_type: str = arg("constant", help="after warm-up: constant, linear, cosine, or wsd (decay in the last 30 %%)")
+    warmup_steps: int = arg(10, help="steps of linear warm-up")
+    weight_decay: float = arg(0.0, help="decoupled weight decay on matrices")
+    adam_beta2: float = arg(0.95, help="AdamW's second beta; the first is 0.9")
+    max_grad_norm: float = arg(1.0, help="gradients are clipped to this norm")
+    bf16: bool = arg(False, help="compute in bf16 with fp32 master weights (autocast)")
+
+    def __post_init__(self):
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise UserError(f"lr_scheduler_type: found {self.lr_scheduler_type!r}, expected one of {', '.join(SCHEDULES)}")
+        for key in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, key) > 0:
+                raise UserError(f"{key}: found {getattr(self, key)}, expected a number above 0")
+
+
+def schedule(kind: str, step: int, total: int, warmup: int) -> float:
+    """Factor on the learning rate at 0-based `step` of `total`. wsd: warm-up, stable, linear decay (2404.06395)."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if kind == "linear":
+        return 1 - done
+    if kind == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if kind == "wsd":
+        return min(1.0, (total - step) / max(1.0, 0.3 * total))
+    return 1.0
+
+
+class Updater:
+    """AdamW over one model under Accelerate. `model` is the prepared module: call it, never the bare one, in a loss."""
+
+    def __init__(self, model: nn.Module, accelerator, config: OptimConfig, total_steps: int, learning_rate=None):
+        self.accelerator, self.config, self.total_steps, self.updates = accelerator, config, total_steps, 0
+        self.peak = config.learning_rate if learning_rate is None else learning_rate
+        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.peak, betas=(0.9, config.adam_beta2))
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def step(self, micro_batches: Sequence, loss_of: Callable, name_rows: Callable[[], str]) -> dict[str, float]:
+        """One optimizer step. `loss_of(micro_batch)` returns that micro-batch's share of the step's loss.
+
+        The shares of all micro-batches of all processes add up to the loss, so the gradient does not depend on how
+        rows fall into micro-batches or processes. Raises UserError (no update made) on a non-finite number.
+        """
+        self.model.train()
+        factor = schedule(self.config.lr_scheduler_type, self.updates, self.total_steps, self.config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.peak * factor
+        world, losses = self.accelerator.num_processes, []
+        for index, micro_batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            sync = nullcontext_or_no_sync(self.accelerator, self.model, last)
+            with sync:
+                loss = loss_of(micro_batch)
+                self.accelerator.backward(loss * world)  # DDP averages gradients; shares are to be summed
+            losses.append(loss.detach())
+        total = self.accelerator.reduce(torch.stack(losses).sum(), "sum")
+        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        if not (math.isfinite(total.item()) and math.isfinite(norm.item())):
+            self.optimizer.zero_grad()
+            raise UserError(
+                f"update {self.updates + 1}: loss {total.item()}, gradient norm {norm.item()}; stopped before the update. "
+                f"Rows: {name_rows()}. Lower learning_rate or look at these rows"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        return {"loss": total.item(), "grad_norm": norm.item(), "learning_rate": self.peak * factor}
+
+    def state(self) -> dict:
+        """What a resumed run needs beside the weights."""
+        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+
+    def load_state(self, state: dict) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+
+
+def nullcontext_or_no_sync(accelerator, model, last: bool):
+    """Gradients travel between processes once a step, with its last micro-batch."""
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def rng_state() -> dict:
+    import random
+
+    import numpy
+
+    name, keys, *rest = numpy.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.copy()), *rest),
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    import random
+
+    import numpy
+
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    numpy.random.set_state((name, keys.numpy(), *rest))
+
+
+def write_state(folder, **parts) -> None:
+    """Training state of a checkpoint, as one file that loads without unpickling code."""
+    with open(folder / "training_state.pt", "wb") as file:  # given a path, torch hides a full disk's errno
+        torch.save({**parts, "rng": rng_state()}, file)
+
+
+def read_state(folder) -> dict:
+    """The parts written by `write_state`; also restores the random number generators. UserError where it is missing."""
+    file = folder / "training_state.pt"
+    if not file.is_file():
+        raise UserError(f"{file} is missing: without it training would restart its optimizer; remove {folder}")
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    set_rng_state(state.pop("rng"))
+    return state
