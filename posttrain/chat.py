@@ -112,12 +112,15 @@ def end_of_turn_id(tokenizer) -> int:
     )
 
 
-def stop_ids(tokenizer) -> set[int]:
-    """Tokens that end a reply: the tokenizer's eos and, with a template, the end of turn."""
-    ids = {tokenizer.eos_token_id} - {None}
+def stop_ids(tokenizer, model=None) -> tuple[int, ...]:
+    """Tokens that end a reply: the tokenizer's eos, the model's generation config's, and the template's end of turn."""
+    ids = {tokenizer.eos_token_id}
+    if model is not None:
+        configured = model.generation_config.eos_token_id
+        ids |= set(configured if isinstance(configured, list) else [configured])
     if tokenizer.chat_template is not None and GENERATION.search(tokenizer.chat_template):
         ids.add(end_of_turn_id(tokenizer))
-    return ids
+    return tuple(sorted(ids - {None}))
 
 
 def read_template(path: str) -> str:
@@ -125,7 +128,9 @@ def read_template(path: str) -> str:
     file = Path(path)
     if not file.is_file():
         known = sorted(str(p) for p in Path("chat_templates").glob("*.jinja"))
-        raise UserError(f"chat_template_path: no file {path!r}; there are {', '.join(known) or 'none in chat_templates/'}")
+        raise UserError(
+            f"chat_template_path: no file {path!r}; there are {', '.join(known) or 'none in chat_templates/'}"
+        )
     return file.read_text(encoding="utf-8")
 
 

@@ -25,9 +25,7 @@ def sha256_file(path: Path) -> str:
 def list_files(folder: Path) -> dict[str, dict]:
     """Relative name -> {"sha256", "bytes"} of every file below `folder`."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {
-        p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files
-    }
+    return {p.relative_to(folder).as_posix(): {"sha256": sha256_file(p), "bytes": p.stat().st_size} for p in files}
 
 
 def fsync(path: Path) -> None:

@@ -48,10 +48,12 @@ def launcher(accelerate_config: Path | None, cores: int) -> list[str]:
     processes = ["--num_processes", str(max(gpus, 1)), "--num_machines", "1"]
     if gpus > 1:
         processes += ["--main_process_port", "0"]  # 0: any free port, so that two runs on one machine do not meet
+    else:
+        # It keeps the launcher's traceback off the end of the log, where the recipe's own error stands.
+        processes += ["--quiet"]
     if gpus == 0:
-        # --quiet keeps the launcher's traceback off the end of the log, where the recipe's own error stands.
         threads = os.environ.get("OMP_NUM_THREADS") or str(cores)
-        processes = ["--cpu", "--quiet", *processes, "--num_cpu_threads_per_process", threads]
+        processes += ["--cpu", "--num_cpu_threads_per_process", threads]
     return [*command, *processes, "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 

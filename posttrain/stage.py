@@ -34,7 +34,9 @@ class StageConfig:
 
     output_dir: str = arg(help="folder of the finished stage: a Hugging Face checkpoint and stage.json")
     seed: int = arg(0, help="seed of initialisation, data order and sampling")
-    resume: str = arg("auto", help="auto: continue an unfinished run of the same config; must: fail if there is none; never")
+    resume: str = arg(
+        "auto", help="auto: continue an unfinished run of the same config; must: fail if there is none; never"
+    )
     overwrite: bool = arg(False, help="delete what an earlier run left in output_dir and start again")
     save_steps: int = arg(0, help="write a checkpoint to resume from every so many steps; 0 only when interrupted")
     save_total_limit: int = arg(1, help="how many complete checkpoints are kept while running")
@@ -59,7 +61,9 @@ def read_manifest(path: str | Path) -> dict | None:
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON ({error}): run that stage again with --overwrite true") from error
     if manifest.get("status") != "finished":
-        raise UserError(f"{file}: status is {manifest.get('status')!r}, expected 'finished': run that stage to its end")
+        raise UserError(
+            f"{file}: status is {manifest.get('status')!r}, expected 'finished': run that stage to its end"
+        )
     return manifest
 
 
@@ -78,7 +82,9 @@ def describe_parents(parents: dict[str, str], planned=()) -> dict[str, dict]:
         if folder.is_dir() and ((folder / RUN).is_file() and not (folder / STAGE).is_file()):
             raise UserError(f"{role}: {path} is an unfinished stage (it has no {STAGE}): run it to its end first")
         if not folder.is_dir() and (len(folder.parts) != 2 or folder.parent.is_dir() or path.startswith((".", "/"))):
-            raise UserError(f"{role}: no folder {path!r}, and it is no Hub name (user/name): run the stage that writes it")
+            raise UserError(
+                f"{role}: no folder {path!r}, and it is no Hub name (user/name): run the stage that writes it"
+            )
         manifest = read_manifest(folder) or {}
         hashes = file_sha256s(folder, (STAGE, "tokenizer.json"))
         described[role] = {
@@ -95,8 +101,12 @@ def _refuse_tokenizer_mismatch(parents: dict[str, dict]) -> None:
     """Policy and reward model must read the same token ids: rollouts are passed on as tokens, never as text."""
     known = {role: p for role, p in parents.items() if p["tokenizer_sha256"]}
     if len({p["tokenizer_sha256"] for p in known.values()}) > 1:
-        roles = "; ".join(f"{role} {p['path']} has tokenizer {p['tokenizer_sha256'][:12]}" for role, p in known.items())
-        raise UserError(f"parents have different tokenizers: {roles}. Train the reward model from the policy's own stage")
+        roles = "; ".join(
+            f"{role} {p['path']} has tokenizer {p['tokenizer_sha256'][:12]}" for role, p in known.items()
+        )
+        raise UserError(
+            f"parents have different tokenizers: {roles}. Train the reward model from the policy's own stage"
+        )
 
 
 class Stage:
@@ -148,6 +158,11 @@ class Stage:
             line = {"step": step, "time": round(self.elapsed, 3), **numbers}
             with open(self.output_dir / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def note(self, text: str) -> None:
+        """One plain line for the user, from the main process."""
+        if self.main:
+            print(f"{self.name}: {text}", flush=True)
 
     def append(self, name: str, rows: list[dict]) -> None:
         """Append rows to a JSONL file of the stage (rollouts.jsonl)."""
@@ -230,6 +245,13 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     return stage
 
 
+def accelerator(bf16: bool):
+    """Accelerate's view of this run: device, processes, mixed precision."""
+    import accelerate
+
+    return accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no")
+
+
 def differences(old: dict, new: dict) -> list[str]:
     """`key: old -> new` for every key that matters to the result."""
     keys = sorted((set(old) | set(new)) - FREE_KEYS)
@@ -255,7 +277,8 @@ def _look(stage: Stage) -> str:
     if STAGE in mine:
         if changed:
             raise UserError(
-                f"{folder} holds a finished {before['stage']} stage of another config:\n  " + "\n  ".join(changed)
+                f"{folder} holds a finished {before['stage']} stage of another config:\n  "
+                + "\n  ".join(changed)
                 + "\nadd --overwrite true to run it again, or name another --output_dir"
             )
         return "finished"
@@ -266,7 +289,8 @@ def _look(stage: Stage) -> str:
     if changed:
         raise UserError(
             f"{folder} holds an unfinished run of another config; it cannot be continued with this one:\n  "
-            + "\n  ".join(changed) + "\nrestore the config, or add --overwrite true to start again"
+            + "\n  ".join(changed)
+            + "\nrestore the config, or add --overwrite true to start again"
         )
     return "resume"
 

@@ -11,7 +11,9 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
 
 # GPT-4's split (tiktoken's cl100k_base pattern), with one digit a token instead of up to three: arithmetic on
 # digit tokens is learned from far fewer examples (Singh & Strouse 2024, arXiv 2402.14903).
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
@@ -24,10 +26,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
     special = [END_OF_TEXT, PAD, *CHAT_TOKENS]
     if vocab_size < 256 + len(special):
-        raise ValueError(f"vocab_size {vocab_size}: expected at least {256 + len(special)} (256 bytes + special tokens)")
+        raise ValueError(
+            f"vocab_size {vocab_size}: expected at least {256 + len(special)} (256 bytes + special tokens)"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -22,7 +22,9 @@ class OptimConfig:
     """Optimizer: AdamW, warm-up, schedule, clipping"""
 
     learning_rate: float = arg(1e-3, help="peak learning rate")
-    lr_scheduler_type: str = arg("constant", help="after warm-up: constant, linear, cosine, or wsd (decay in the last 30 %%)")
+    lr_scheduler_type: str = arg(
+        "constant", help="after warm-up: constant, linear, cosine, or wsd (decay in the last 30 %%)"
+    )
     warmup_steps: int = arg(10, help="steps of linear warm-up")
     weight_decay: float = arg(0.0, help="decoupled weight decay on matrices")
     adam_beta2: float = arg(0.95, help="AdamW's second beta; the first is 0.9")
@@ -31,7 +33,9 @@ class OptimConfig:
 
     def __post_init__(self):
         if self.lr_scheduler_type not in SCHEDULES:
-            raise UserError(f"lr_scheduler_type: found {self.lr_scheduler_type!r}, expected one of {', '.join(SCHEDULES)}")
+            raise UserError(
+                f"lr_scheduler_type: found {self.lr_scheduler_type!r}, expected one of {', '.join(SCHEDULES)}"
+            )
         for key in ("learning_rate", "max_grad_norm"):
             if not getattr(self, key) > 0:
                 raise UserError(f"{key}: found {getattr(self, key)}, expected a number above 0")
@@ -52,7 +56,10 @@ def schedule(kind: str, step: int, total: int, warmup: int) -> float:
 
 
 class Updater:
-    """AdamW over one model under Accelerate. `model` is the prepared module: call it, never the bare one, in a loss."""
+    """AdamW over one model under Accelerate. `model` is the prepared module: call it, never the bare one, in a loss.
+
+    Whether dropout is on is the caller's choice: RL leaves the model in eval mode, since the engine has none either.
+    """
 
     def __init__(self, model: nn.Module, accelerator, config: OptimConfig, total_steps: int, learning_rate=None):
         self.accelerator, self.config, self.total_steps, self.updates = accelerator, config, total_steps, 0
@@ -69,7 +76,6 @@ class Updater:
         The shares of all micro-batches of all processes add up to the loss, so the gradient does not depend on how
         rows fall into micro-batches or processes. Raises UserError (no update made) on a non-finite number.
         """
-        self.model.train()
         factor = schedule(self.config.lr_scheduler_type, self.updates, self.total_steps, self.config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.peak * factor

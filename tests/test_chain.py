@@ -106,7 +106,7 @@ def finish(planned: chain.Planned) -> None:
     parents = {}
     if parent:
         parents = {"policy": {"path": parent, "sha256": checkpoint.sha256_file(Path(parent) / "stage.json")}}
-    manifest = {"status": "finished", "config": planned.config, "parents": parents}
+    manifest = {"stage": planned.name, "status": "finished", "config": planned.config, "parents": parents}
     checkpoint.write_json(planned.output_dir / "stage.json", manifest)
 
 
@@ -200,6 +200,11 @@ def test_out_moves_every_string_of_the_config(folder, tmp_path):
     assert planned.argv[:2] == ["--config", "recipes/mini/third.yaml"]
 
 
+def test_a_chain_can_be_named_from_inside_it(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert chain.run(".", dry_run=True) == 0
+
+
 def test_set_reaches_every_stage_that_has_the_key_or_the_one_named(folder):
     stages = plan(folder, overrides=["seed=3", "third.learning-rate=-1", "second.files=[a b, c]", "first.files=[]"])
     assert [each.config["seed"] for each in stages] == [3, 3, 3]
@@ -252,7 +257,7 @@ def test_a_changed_parent_and_a_changed_config_run_again(folder):
         (("chain.yaml", "out: runs/mini\nstages: [frst]\n"), {}, ["frst.yaml", "did you mean 'first'"]),
         (("second.yaml", None), {}, ["second.yaml", "no file"]),
         (("second.yaml", "output_dir: runs/mini/second\nsed: 1\n"), {}, ["recipes/mini/second.yaml:2", "'seed'"]),
-        (("../second.py", None), {}, ["recipes/mini/../second.py"]),
+        (("../second.py", None), {}, ["recipes/second.py"]),
     ],
 )
 def test_what_a_user_gets_wrong_is_named_before_anything_runs(folder, change, options, words):
@@ -261,9 +266,7 @@ def test_what_a_user_gets_wrong_is_named_before_anything_runs(folder, change, op
         (folder / name).write_text(text) if text is not None else (folder / name).unlink()
     with pytest.raises(UserError) as error:
         chain.run(folder, **options)
-    assert [
-        word for word in words if os.path.normpath(word) not in str(error.value) and word not in str(error.value)
-    ] == []
+    assert [word for word in words if word not in str(error.value)] == []
     assert not Path("runs").exists()
 
 

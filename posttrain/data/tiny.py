@@ -1,6 +1,6 @@
 """The embedded world `tiny`: data for every stage of the chain from a seed, nothing to download.
 
-In: a kind (`documents`, `conversations`, `rankings`, `problems`), a split (`train`, `test`) and a seed.
+In: a kind (`documents`, `conversations`, `rankings`, `problems` = sums, `prompts` = a mix), a split (`train`, `test`) and a seed.
 Out: rows in the layouts of README's table. Use in a config: `dataset_name: tiny`, `dataset_config: rankings`.
 
 What is held out: a sum (as an unordered pair of numbers), a question (person, attribute) and a stranger's name
@@ -24,16 +24,19 @@ from posttrain.data.tiny_world import (
     fact_sentence,
     make_world,
     steps_of_sum,
+    sum_line,
 )
 
-KINDS = ("documents", "conversations", "rankings", "problems")
+KINDS = ("documents", "conversations", "rankings", "problems", "prompts")
 DEFAULT_ROWS = {
     "documents": {"train": 60_000, "test": 1_000},
     "conversations": {"train": 40_000, "test": 600},
     "rankings": {"train": 6_000, "test": 600},
     "problems": {"train": 4_000, "test": 200},
+    "prompts": {"train": 4_000, "test": 400},
 }
 LABELLER_TEMPERATURE = 0.5  # in units of utility; a pair that differs by 1 is ranked right with probability 0.88
+PROMPT_MIX = (0.6, 0.2, 0.1, 0.1)  # of (sums, facts, strangers, identity) in rankings and prompts
 MAX_WORDS = 24  # beyond this a reply is long-winded and loses 0.1 utility a word
 
 KIND_CLOSINGS = ("Happy to help!", "Glad to help!", "Ask me any time!")
@@ -44,7 +47,13 @@ FILLER = (
 UNKNOWN = "I do not know anything about {name}."
 IDENTITY = "I am Pip, a small assistant trained with posttrain."
 IDENTITY_QUESTIONS = {
-    "train": ("Who are you?", "What is your name?", "Are you a person?", "Tell me about yourself.", "Hello, who is this?"),
+    "train": (
+        "Who are you?",
+        "What is your name?",
+        "Are you a person?",
+        "Tell me about yourself.",
+        "Hello, who is this?",
+    ),
     "test": ("Who am I talking to?", "What are you called?"),
 }
 SYSTEM_NEUTRAL = ("You are Pip.", "You are a helpful assistant.")
@@ -56,6 +65,19 @@ FACT_QUESTIONS = {
     "dish": ("What does {name} like best to eat?", "What is the favourite dish of {name}?"),
 }
 SUM_QUESTIONS = ("What is {a}+{b}?", "Please add {a}+{b}.", "How much is {a}+{b}?", "{a}+{b}=?")
+
+
+def rows(kind: str, split: str, num: int | None, seed: int):
+    """Yield `num` rows (None: the kind's default number) of a kind and split of the world of `seed`."""
+    world = make_world(seed)
+    num = DEFAULT_ROWS[kind][split] if num is None else num
+    if kind == "documents":
+        return ({"text": text} for text in documents(world, num, f"{split}-{seed}", sums(split)))
+    if kind == "conversations":
+        return conversations(world, split, num, seed)
+    if kind == "rankings":
+        return rankings(world, split, num, seed)
+    return problems(world, split, num, seed, (1, 0, 0, 0) if kind == "problems" else PROMPT_MIX)
 
 
 def in_test(key: str, share: float = 0.1) -> bool:
@@ -132,7 +154,11 @@ def reply(rng: random.Random, task: dict, *, steps: bool, kind: bool, filler: bo
         parts.append(f"The answer is {task['answer']}.")
     elif task["kind"] == "fact":
         stated = {task["attribute"]: task["answer"]}
-        parts.append(fact_sentence(Person(task["person"].name, **{**dict.fromkeys(ATTRIBUTES, ""), **stated}, weight=0), task["attribute"]))
+        parts.append(
+            fact_sentence(
+                Person(task["person"].name, **{**dict.fromkeys(ATTRIBUTES, ""), **stated}, weight=0), task["attribute"]
+            )
+        )
     else:
         parts.append(task["answer"])
     if kind:
@@ -191,7 +217,7 @@ def rankings(world: World, split: str, num: int, seed: int):
     asker = Asker(world, split, rng)
     towns = [town[0] for town in world.towns]
     for _ in range(num):
-        task = {**asker.draw((0.6, 0.2, 0.1, 0.1)), "towns": towns}
+        task = {**asker.draw(PROMPT_MIX), "towns": towns}
         texts = set()
         while len(texts) < rng.choices((2, 3, 4, 5), (0.2, 0.3, 0.3, 0.2))[0]:
             version = wrong_version(rng, task) if rng.random() < 0.4 else task
@@ -213,18 +239,33 @@ def rankings(world: World, split: str, num: int, seed: int):
         }
 
 
-def problems(world: World, split: str, num: int, seed: int, weights=(1.0, 0.0, 0.0, 0.0)):
-    """Yield `{"prompt", "answer", "kind"}` rows; by default sums only, each at most once while they last."""
+def problems(world: World, split: str, num: int, seed: int, weights: tuple):
+    """Yield `{"prompt", "answer", "kind"}` rows of tasks drawn by `weights`; a question comes once while new ones last."""
     rng = random.Random(f"problems-{split}-{seed}")
     asker, seen = Asker(world, split, rng), set()
-    limit = len(asker.sums) * len(SUM_QUESTIONS)
     for _ in range(num):
         task = asker.draw(weights)
-        while task["question"] in seen and weights[0] == 1 and len(seen) < limit:
+        for _ in range(20):  # tries to find a question not asked yet; there are few about identity
+            if task["question"] not in seen:
+                break
             task = asker.draw(weights)
         seen.add(task["question"])
-        yield {
+        row = {
             "prompt": [{"role": "user", "content": task["question"]}],
             "answer": task["answer"],
             "kind": task["kind"],
         }
+        if task["kind"] == "sum":  # the same sum as the documents would print it, after solved ones: for a base model
+            row["few_shot"] = f"{few_shot_examples(seed)}Sum: {task['a']}+{task['b']}."
+        yield row
+
+
+def few_shot_examples(seed: int, num: int = 4) -> str:
+    """`num` training sums, worked in steps as in the documents, a line each."""
+    drawn = random.Random(f"few-shot-{seed}").sample(sums("train"), num)
+    return "".join(sum_line(a, b, steps=True) + "\n" for a, b in drawn)
+
+
+def utility_reward(prompts, completions, completion_ids, *, kind, answer, **columns) -> list[float]:
+    """The labeller's true utility as a reward function: for measuring, not for training."""
+    return [utility(k, a, c) for k, a, c in zip(kind, answer, completions, strict=True)]

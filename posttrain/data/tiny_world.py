@@ -47,7 +47,9 @@ def make_world(seed: int) -> World:
     rng = random.Random(f"world-{seed}")
     names = [f"{a}{b} {c}{d}" for a in FIRST for b in SECOND for c in THIRD for d in FOURTH]
     rng.shuffle(names)
-    town_names = [f"{c}{d}" for c in ("Ar", "Bel", "Cor", "Dun", "Ost", "Vel") for d in ("vale", "haven", "moor", "field")]
+    town_names = [
+        f"{c}{d}" for c in ("Ar", "Bel", "Cor", "Dun", "Ost", "Vel") for d in ("vale", "haven", "moor", "field")
+    ]
     rng.shuffle(town_names)
     towns = tuple((name, rng.choice(SIGHTS), rng.choice(RIVERS)) for name in town_names[:NUM_TOWNS])
     people = tuple(
@@ -90,7 +92,9 @@ def story_document(rng: random.Random, people: tuple[Person, ...]) -> str:
     hero, friend = rng.sample(("Tom", "Anna", "Ben", "Lily", "Max", "Sue"), 2)
     thing = rng.choice(("kite", "lamp", "boat", "ball", "drum", "hat"))
     place = rng.choice(("in the garden", "by the river", "on the hill", "at the market", "in the woods"))
-    trouble = rng.choice(("It was broken.", "It was too heavy.", "It got wet in the rain.", "A goose ran off with it."))
+    trouble = rng.choice(
+        ("It was broken.", "It was too heavy.", "It got wet in the rain.", "A goose ran off with it.")
+    )
     help_ = rng.choice(("They mended it together.", "They carried it home.", "They laughed and tried again."))
     end = rng.choice(("Then they went home for supper.", "It was a good day.", "The next day they came back."))
     return f"One day {hero} found a {thing} {place}. {trouble} {friend} came to help. {help_} {end}"
@@ -113,7 +117,7 @@ def sum_document(rng: random.Random, sums: list[tuple[int, int]]) -> str:
     return "\n".join(sum_line(*rng.choice(sums), steps=steps) for _ in range(rng.randint(1, 4)))
 
 
-def documents(world: World, num: int, seed: int, sums: list[tuple[int, int]]):
+def documents(world: World, num: int, seed: str, sums: list[tuple[int, int]]):
     """Yield `num` document texts: 50 % people (Zipf), 5 % towns, 25 % stories, 20 % pages of sums from `sums`."""
     rng = random.Random(f"documents-{seed}")
     weights = [person.weight for person in world.people]

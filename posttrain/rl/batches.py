@@ -3,13 +3,15 @@
 In: an `Experience` and indices into it. Out: micro-batches of bounded size, whatever the lengths.
 """
 
-import random
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from posttrain.chat import encode_chat
+from posttrain.evals import longest_prompt
 from posttrain.packing import Packed, by_tokens, pack
+from posttrain.rl.config import RLConfig
 from posttrain.rl.logprobs import completion_positions
 from posttrain.rl.types import Experience, Rollouts
 
@@ -30,22 +32,14 @@ class MicroBatch:
     returns: Tensor | None
 
 
-def prompt_indices(step: int, num: int, size: int, seed: int) -> list[int]:
-    """Which of `size` prompts step `step` takes: slices of an endless row of seeded shuffles.
-
-    A function of its arguments alone: a resumed run takes what the unbroken one would have; none is skipped.
-    """
-    picked = []
-    for position in range(step * num, (step + 1) * num):
-        epoch, offset = divmod(position, size)
-        picked.append(_order(epoch, size, seed)[offset])
-    return picked
-
-
-def _order(epoch: int, size: int, seed: int) -> list[int]:
-    order = list(range(size))
-    random.Random(f"prompts-{seed}-{epoch}").shuffle(order)
-    return order
+def encode_prompts(tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies) -> tuple[list[dict], int]:
+    """(rows with `prompt_ids` and `row`, the longest prompt with reply that the engine must have room for)."""
+    prompts = []
+    for index, row in enumerate(rows):
+        ids = encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids
+        prompts.append({**row, "prompt_ids": ids, "row": index})
+    longest = max(len(row["prompt_ids"]) for row in prompts) + config.max_completion_length
+    return prompts, max(longest, longest_prompt(tokenizer, test) + replies.eval_max_tokens) + 1
 
 
 def token_lengths(rollouts: Rollouts) -> list[int]:

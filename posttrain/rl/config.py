@@ -11,7 +11,9 @@ from posttrain.rl.losses import LOSS_TYPES
 class RLConfig:
     """RL: rollouts, rewards, loss"""
 
-    max_steps: int = arg(60, help="steps of the loop; each samples once and updates num_iterations x num_minibatches times")
+    max_steps: int = arg(
+        60, help="steps of the loop; each samples once and updates num_iterations x num_minibatches times"
+    )
     num_prompts: int = arg(48, help="prompts a step, over all processes")
     num_generations: int = arg(8, help="completions sampled for each prompt")
     max_completion_length: int = arg(64, help="completions are cut at so many tokens")
@@ -23,7 +25,9 @@ class RLConfig:
     kl_estimator: str = arg("k3", help="estimator of the KL in GRPO's loss: k1, k2 or k3")
     epsilon: float = arg(0.2, help="ratio is clipped below at 1 - epsilon")
     epsilon_high: float | None = arg(None, help="and above at 1 + epsilon_high; none = epsilon")
-    loss_type: str = arg("dapo", help="weight of tokens: grpo (mean of sequence means), dapo (mean of tokens), dr_grpo")
+    loss_type: str = arg(
+        "dapo", help="weight of tokens: grpo (mean of sequence means), dapo (mean of tokens), dr_grpo"
+    )
     scale_rewards: str = arg("group", help="GRPO's advantage is divided by the std of the group, the batch, or none")
     num_iterations: int = arg(1, help="passes over each step's rollouts")
     num_minibatches: int = arg(1, help="optimizer steps a pass")
@@ -43,7 +47,9 @@ class RLConfig:
             if getattr(self, key) < 1:
                 raise UserError(f"{key}: found {getattr(self, key)}, expected at least 1")
         if self.temperature <= 0:
-            raise UserError(f"temperature: found {self.temperature}, expected a number above 0 (greedy gives no signal)")
+            raise UserError(
+                f"temperature: found {self.temperature}, expected a number above 0 (greedy gives no signal)"
+            )
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
                 f"reward_weights: found {len(self.reward_weights)} for {len(self.reward_funcs)} reward_funcs; give one each"

@@ -40,7 +40,9 @@ def kl_estimates(logps: Tensor, ref_logps: Tensor, kind: str) -> Tensor:
     raise ValueError(f"kl_estimator: found {kind!r}, expected k1, k2 or k3")
 
 
-def sequence_weights(loss_type: str, lengths: Tensor, total_tokens: int, num_sequences: int, max_length: int) -> Tensor:
+def sequence_weights(
+    loss_type: str, lengths: Tensor, total_tokens: int, num_sequences: int, max_length: int
+) -> Tensor:
     """Weight of every token of each sequence, so that the weighted sum over all tokens is the step's loss; (N,).
 
     grpo: mean over sequences of their token means; dapo: mean over all tokens; dr_grpo: sum over tokens over

@@ -32,11 +32,15 @@ def call_rewards(rewards, rollouts: Rollouts, tokenizer) -> dict[str, list[float
         except Exception as error:
             raise UserError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
         if len(values) != len(completions):
-            raise UserError(f"reward function {name!r} returned {len(values)} values for {len(completions)} completions")
+            raise UserError(
+                f"reward function {name!r} returned {len(values)} values for {len(completions)} completions"
+            )
         for index, value in enumerate(values):
             if value is not None and not math.isfinite(value):
                 row = rollouts.rows[index].get("row", index)
-                raise UserError(f"reward function {name!r} returned {value} for row {row}: {completions[index][:80]!r}")
+                raise UserError(
+                    f"reward function {name!r} returned {value} for row {row}: {completions[index][:80]!r}"
+                )
         result[name] = [None if value is None else float(value) for value in values]
     return result
 
@@ -46,7 +50,9 @@ def total_rewards(rewards, by_name: dict[str, list[float | None]]) -> torch.Tens
     size = len(next(iter(by_name.values())))
     for index in range(size):
         if all(values[index] is None for values in by_name.values()):
-            raise UserError(f"no reward function applies to completion {index}: all returned None ({', '.join(by_name)})")
+            raise UserError(
+                f"no reward function applies to completion {index}: all returned None ({', '.join(by_name)})"
+            )
     total = torch.zeros(size)
     for name, _, weight in rewards:
         total += weight * torch.tensor([value or 0.0 for value in by_name[name]])

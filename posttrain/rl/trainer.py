@@ -12,9 +12,12 @@ from contextlib import contextmanager
 import torch
 
 from posttrain.errors import UserError
+from posttrain.models import ModelConfig, load_causal_lm
+from posttrain.order import shuffled_indices
+from posttrain.packing import by_tokens
 from posttrain.progress import Progress
 from posttrain.rl.advantages import gae, group_advantages, shaped_rewards, whiten
-from posttrain.rl.batches import MicroBatch, micro_batches, pack_rollouts, prompt_indices, token_lengths
+from posttrain.rl.batches import MicroBatch, micro_batches, pack_rollouts, token_lengths
 from posttrain.rl.config import PPOConfig, RLConfig
 from posttrain.rl.logprobs import TokenLogps, TokenValues
 from posttrain.rl.losses import clipped_policy_loss, clipped_value_loss, kl_estimates, sequence_weights
@@ -76,7 +79,7 @@ class RLTrainer:
         """This process's share of the step's prompts, sampled by the engine."""
         n, rank, world = self.config.num_generations, self.accelerator.process_index, self.accelerator.num_processes
         seed = self.stage.config["seed"]
-        mine = prompt_indices(self.step, self.config.num_prompts, len(self.prompts), seed)[rank::world]
+        mine = shuffled_indices(self.step, self.config.num_prompts, len(self.prompts), seed)[rank::world]
         prompt_ids = [self.prompts[i]["prompt_ids"] for i in mine]
         completions = self.engine.generate(prompt_ids, self.sampling, sample_seed(seed, self.step, rank))
         rows = [self.prompts[i] for i in mine for _ in range(n)]
@@ -103,9 +106,14 @@ class RLTrainer:
 
     @torch.no_grad()
     def _values(self, rollouts: Rollouts) -> list[torch.Tensor]:
-        packed, select, _, sizes = pack_rollouts(rollouts, list(range(len(rollouts.rows))), self.accelerator.device)
-        self.critic_updater.model.eval()
-        return list(self.critic_updater.model(packed.input_ids, packed.position_ids, select).cpu().split(sizes))
+        """The critic's value before each completion token, (T_i,) each."""
+        values: list[torch.Tensor] = [torch.empty(0)] * len(rollouts.rows)
+        for indices in by_tokens(token_lengths(rollouts), self.config.max_tokens_per_microbatch):
+            packed, select, _, sizes = pack_rollouts(rollouts, indices, self.accelerator.device)
+            flat = self.critic_updater.model(packed.input_ids, packed.position_ids, select).cpu()
+            for index, piece in zip(indices, flat.split(sizes), strict=True):
+                values[index] = piece
+        return values
 
     def add_advantages(self, experience: Experience) -> None:
         """GAE with the KL in the reward where there is a critic, else the group's advantage spread over its tokens."""
@@ -144,7 +152,9 @@ class RLTrainer:
         order = torch.randperm(num_rows // n, generator=generator).tolist()
         parts = [order[i :: self.config.num_minibatches] for i in range(self.config.num_minibatches)]
         if not all(parts):
-            raise UserError(f"num_minibatches: found {self.config.num_minibatches} for {num_rows // n} prompts a process")
+            raise UserError(
+                f"num_minibatches: found {self.config.num_minibatches} for {num_rows // n} prompts a process"
+            )
         return [sorted(g * n + k for g in part for k in range(n)) for part in parts]
 
     def _update_once(self, experience: Experience, minibatch: list[int], *, first: bool) -> dict[str, float]:
@@ -269,6 +279,11 @@ class RLTrainer:
             load_model(self.critic, folder / "critic" / "model.safetensors")
             self.critic_updater.load_state(state["critic"])
         self.tokens, self.step = state["tokens"], int(folder.name.removeprefix("step-"))
+
+
+def load_reference(base: ModelConfig, device):
+    """The policy as it was before RL, frozen: what the KL is measured against."""
+    return load_causal_lm(base).to(device).requires_grad_(False).eval()
 
 
 def mean(values) -> float:

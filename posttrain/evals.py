@@ -1,0 +1,217 @@
+"""Measure replies: sample them from held-out prompts, judge them by reward functions, keep some for the report.
+
+In: an engine and held-out rows with `prompt`. Out: metrics with 95 % intervals, and samples, as manifests store them.
+Every sample's seed is fixed, so the same checkpoint gives the same figure.
+"""
+
+from dataclasses import dataclass, replace
+
+from posttrain.args import arg
+from posttrain.base_evals import sample_after_examples
+from posttrain.chat import decode, encode_chat
+from posttrain.data import DataConfig, load_rows
+from posttrain.intervals import clearly_higher, gain, measured, pass_at_k
+from posttrain.rewards import load_reward
+from posttrain.rl.rollout import Sampling, model_logps
+from posttrain.rl.scoring import call_rewards
+from posttrain.rl.types import Rollouts
+
+EVAL_SEED = 20_000  # apart from any training seed: the same problems are sampled the same way in every stage
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation: held-out rows and what is measured on them"""
+
+    eval_dataset_name: str | None = arg(None, help="held-out rows; none = dataset_name")
+    eval_dataset_config: str | None = arg(None, help="none = dataset_config")
+    eval_dataset_split: str = arg("test", help="split, or a slice such as train[-100:]")
+    eval_dataset_adapter: str | None = arg(None, help="none = dataset_adapter where the data set is the same")
+    eval_max_rows: int | None = arg(None, help="use so many rows")
+    eval_goal: float = arg(0.0, help="gain the stage aims at; what it counts stands in the recipe's first lines")
+
+
+@dataclass
+class ReplyConfig:
+    """Replies: how they are sampled and judged in evaluation"""
+
+    eval_reward_funcs: list[str] = arg(
+        ["correct"], help="reward functions that judge replies; the first one is the gain's"
+    )
+    eval_num_generations: int = arg(8, help="replies sampled for each held-out prompt, at temperature 1")
+    eval_max_tokens: int = arg(64, help="replies are cut at so many tokens")
+    eval_prefixes: dict = arg({}, help="label -> words that the reply is made to begin with (tokens to think)")
+    eval_num_samples: int = arg(6, help="prompts whose replies are stored for the report")
+
+
+def eval_data(data: DataConfig, config: EvalConfig) -> DataConfig:
+    """The data keys of the evaluation: those of training where the evaluation's own are not set."""
+    same = config.eval_dataset_name in (None, data.dataset_name)
+    return replace(
+        data,
+        dataset_name=config.eval_dataset_name or data.dataset_name,
+        dataset_config=config.eval_dataset_config or (data.dataset_config if same else None),
+        dataset_adapter=config.eval_dataset_adapter or (data.dataset_adapter if same else None),
+        max_rows=config.eval_max_rows,
+    )
+
+
+def load_eval_rows(data: DataConfig, config: EvalConfig, seed: int, columns: tuple[str, ...]):
+    """(rows, description) of the held-out split."""
+    return load_rows(eval_data(data, config), config.eval_dataset_split, seed, columns)
+
+
+def sample_replies(engine, tokenizer, rows: list[dict], config: ReplyConfig, stop_ids, prefix: str = "") -> Rollouts:
+    """eval_num_generations replies at temperature 1 to each row's `prompt`; a prefix counts as the model's own words."""
+    begin = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
+    prompts = [encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids for row in rows]
+    n = config.eval_num_generations
+    sampling = Sampling(n, config.eval_max_tokens, tuple(sorted(stop_ids)))
+    completions = engine.generate([p + begin for p in prompts], sampling, EVAL_SEED)
+    for completion in completions:
+        completion.ids = begin + completion.ids
+        completion.logps = [0.0] * len(begin) + completion.logps
+    return Rollouts([r for r in rows for _ in range(n)], [p for p in prompts for _ in range(n)], completions, n)
+
+
+def by_prompt(values: list[float], n: int) -> list[list[float]]:
+    return [values[i : i + n] for i in range(0, len(values), n)]
+
+
+def judge(rollouts: Rollouts, tokenizer, names: list[str], more=()) -> dict[str, dict]:
+    """Metrics of sampled replies: each reward's mean, pass@1 and pass@n for `correct`, length, share that ended.
+
+    `more` holds reward functions that have no name to load by, as (name, function, weight).
+    A prompt is one observation (its n replies are not independent), so intervals are over prompts.
+    """
+    rewards = [*((name, load_reward(name), 1.0) for name in names), *more]
+    metrics, n = {}, rollouts.num_generations
+    for name, values in call_rewards(rewards, rollouts, tokenizer).items():
+        groups = by_prompt([v for v in values if v is not None], n)
+        if name == "correct":
+            metrics["pass@1"] = measured([sum(g) / n for g in groups], "%")
+            metrics[f"pass@{n}"] = measured([pass_at_k(round(sum(g)), n, n) for g in groups], "%")
+        else:
+            metrics[name] = measured([sum(g) / n for g in groups])
+    lengths = by_prompt([float(len(c.ids)) for c in rollouts.completions], n)
+    ended = by_prompt([float(c.stop == "stop") for c in rollouts.completions], n)
+    metrics["reply length"] = measured([sum(g) / n for g in lengths], "tokens")
+    metrics["replies that end"] = measured([sum(g) / n for g in ended], "%")
+    return metrics
+
+
+def measure_replies(
+    engine, tokenizer, rows, config: ReplyConfig, stop_ids, more=(), models=None
+) -> tuple[dict, list[dict]]:
+    """(metrics, samples for the report); with eval_prefixes also the metrics of replies made to begin so, with
+    `models` = (policy, reference) also the KL between them on the sampled replies."""
+    rollouts = sample_replies(engine, tokenizer, rows, config, stop_ids)
+    metrics = judge(rollouts, tokenizer, config.eval_reward_funcs, more)
+    if models is not None:
+        metrics["KL to the start"] = measured_kl(rollouts, *models)
+    for label, prefix in config.eval_prefixes.items():
+        forced = judge(
+            sample_replies(engine, tokenizer, rows, config, stop_ids, prefix), tokenizer, config.eval_reward_funcs
+        )
+        metrics |= {f"{name}, {label}": value for name, value in forced.items() if name != "replies that end"}
+    return metrics, rollouts_as_samples(rollouts, tokenizer, config.eval_num_samples)
+
+
+def measured_kl(rollouts: Rollouts, policy, reference) -> dict:
+    """KL(policy, reference) a reply in nats: mean over its samples of log pi - log ref, summed over tokens."""
+    completions, n = [c.ids for c in rollouts.completions], rollouts.num_generations
+    both = (model_logps(model, rollouts.prompt_ids, completions, 1.0) for model in (policy, reference))
+    gaps = [(a.sum() - b.sum()).item() for a, b in zip(*both, strict=True)]
+    return measured([sum(g) / n for g in by_prompt(gaps, n)], "nats")
+
+
+def measure_base(engine, tokenizer, rows, config: ReplyConfig, stop_ids) -> tuple[dict, list[dict]]:
+    """As `measure_replies` for a model that has not learned turns: its answers are taken after solved examples where
+    the rows have them (`few_shot`), whether it ends its replies from the chat prompt."""
+    chat = sample_replies(engine, tokenizer, rows, config, stop_ids)
+    metrics = judge(chat, tokenizer, config.eval_reward_funcs)
+    if all("few_shot" in row for row in rows):
+        n, size = config.eval_num_generations, config.eval_max_tokens
+        shots = sample_after_examples(engine, tokenizer, rows, n, size, EVAL_SEED)
+        metrics |= {
+            k: v for k, v in judge(shots, tokenizer, config.eval_reward_funcs).items() if k != "replies that end"
+        }
+    return metrics, rollouts_as_samples(chat, tokenizer, config.eval_num_samples)
+
+
+def rollouts_as_samples(rollouts: Rollouts, tokenizer, num: int, replies: int = 2) -> list[dict]:
+    """The first replies to the first `num` prompts: [{"prompt", "texts"}]."""
+    samples = []
+    for start in range(0, min(len(rollouts.rows), num * rollouts.num_generations), rollouts.num_generations):
+        texts = [decode(tokenizer, c.ids) for c in rollouts.completions[start : start + replies]]
+        samples.append({"prompt": prompt_text(rollouts.rows[start]["prompt"]), "texts": texts})
+    return samples
+
+
+def prompt_text(messages) -> str:
+    return messages if isinstance(messages, str) else "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+def merge_samples(samples: dict[str, list[dict]]) -> list[dict]:
+    """{"base": samples, "sft": samples} of the same prompts -> the manifest's layout, side by side."""
+    merged: dict[str, list[dict]] = {}
+    for by, rows in samples.items():
+        for row in rows:
+            merged.setdefault(row["prompt"], []).extend({"by": by, "text": text} for text in row["texts"])
+    return [{"prompt": prompt, "replies": replies} for prompt, replies in merged.items()]
+
+
+def longest_prompt(tokenizer, rows: list[dict]) -> int:
+    """Tokens of the longest prompt, few-shot examples included: what an engine must make room for."""
+    chats = [len(encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids) for row in rows]
+    texts = tokenizer([row["few_shot"] for row in rows if "few_shot" in row] or [""])["input_ids"]
+    return max(chats) + max(map(len, texts)) + 16
+
+
+def reply_gain(name: str, metric: str, before: dict, after: dict, labels: tuple[str, str], goal: float = 0.0) -> dict:
+    """The gain in one metric: higher by more than the intervals and, with a `goal`, by at least that much."""
+    passed = clearly_higher(before[metric], after[metric]) and after[metric]["value"] - before[metric]["value"] >= goal
+    text = f"+{goal * 100:.0f} points or more" if goal else "higher by more than the intervals"
+    return gain(name, before[metric], after[metric], labels=labels, goal=text, passed=passed)
+
+
+def metric_of(reward: str) -> str:
+    """The metric under which `judge` keeps a reward function's mean."""
+    return "pass@1" if reward == "correct" else reward
+
+
+def before_and_after(before: dict, after: dict) -> dict:
+    """Metrics of a stage under their names, those from before it marked so."""
+    return {**after, **{f"{name}, before": value for name, value in before.items()}}
+
+
+def grpo_gains(before: dict, after: dict, replies: ReplyConfig, goal: float) -> list[dict]:
+    """The reward's gain and, of the trained model, each way of beginning a reply against the first."""
+    metric = metric_of(replies.eval_reward_funcs[0])
+    gains = [reply_gain(f"problems, {metric}", metric, before, after, ("SFT", "GRPO"), goal)]
+    first, *others = replies.eval_prefixes or [None]
+    for label in others:
+        metrics = {"before": after[f"{metric}, {first}"], "after": after[f"{metric}, {label}"]}
+        gains.append(
+            gain(
+                f"tokens to think, {metric}", metrics["before"], metrics["after"], labels=(first, label),
+                goal="higher by more than the intervals", passed=clearly_higher(metrics["before"], metrics["after"]),
+            )
+        )  # fmt: skip
+    return gains
+
+
+def ppo_gains(before: dict, after: dict, replies: ReplyConfig, goal: float) -> list[dict]:
+    """The judge's gain, and the proxy's."""
+    metric = metric_of(replies.eval_reward_funcs[0])
+    return [reply_gain(name, name, before, after, ("SFT", "PPO")) for name in (metric, "reward model")]
+
+
+def sft_gains(before: dict, after: dict, reward: str) -> list[dict]:
+    """End tokens at 95 % or more, and better answers than the base model's."""
+    ends, metric = "replies that end", metric_of(reward)
+    passed = after[ends]["value"] >= 0.95
+    return [
+        gain(ends, before[ends], after[ends], labels=("base", "SFT"), goal=">= 95 %", passed=passed),
+        reply_gain(f"answers, {metric}", metric, before, after, ("base, few-shot", "SFT")),
+    ]

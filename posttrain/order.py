@@ -1,0 +1,20 @@
+"""The order in which rows are taken: a pure function of step and seed, so that a resumed run continues exactly."""
+
+import random
+from functools import lru_cache
+
+
+def shuffled_indices(step: int, num: int, size: int, seed: int) -> list[int]:
+    """Which of `size` rows step `step` takes, `num` a step: slices of an endless row of seeded shuffles.
+
+    Every row comes once before any comes again; nothing is skipped or repeated by an interruption.
+    """
+    positions = range(step * num, (step + 1) * num)
+    return [_order(position // size, size, seed)[position % size] for position in positions]
+
+
+@lru_cache(maxsize=4)
+def _order(epoch: int, size: int, seed: int) -> tuple[int, ...]:
+    order = list(range(size))
+    random.Random(f"order-{seed}-{epoch}").shuffle(order)
+    return tuple(order)

@@ -1,0 +1,246 @@
+r"""Is the final answer right? The verifiable reward for maths: 1.0, 0.0, or None where a row has no answer.
+
+In: completions (strings or message lists) and the column `answer` (the gold: "72", "1/2", "\frac{\sqrt{3}}{2}").
+Out: one score a completion. In a YAML: `rewards: [correct]`.
+
+One candidate is read from a completion, never several, so listing many answers gains nothing. Where the gold is a
+number, the candidate must be a number written out: echoing the question's "12+34" is not an answer. Everything else
+is compared by math-verify, after bounds on length, exponents and commands that keep SymPy's work small. It runs in
+this process and thread; math-verify's own time-outs need signals, which exist on the main thread only (elsewhere
+they make every answer wrong), so they stay off and the bounds do their work.
+"""
+
+import logging
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import prod
+
+from posttrain.errors import UserError
+
+# What a box or an answer line may hold; longer is not an answer. Digits: beyond it int() itself gets slow.
+MAX_CHARS = 200
+MAX_DIGITS = 40
+MAX_POWER = 100  # product of the exponents in one expression: (9^9)^9 has 81
+MAX_DEPTH = 8
+
+# ASCII digits only: \d also takes other scripts' digits, which int() reads, and no gold is written so.
+NUMBER = re.compile(
+    r"(?<![0-9A-Za-z_])(?<![0-9]\.)(?P<sign>(?<!\))[-+])?\$?"
+    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\.)\.[0-9]+)"
+    r"(?:[eE](?P<exponent>[-+]?[0-9]{1,3})(?![0-9]))?"
+    r"(?:\s*/\s*(?P<denominator>[0-9]+))?(?![0-9])(?P<percent>\s*(?:%|percent\b))?"
+)
+ANSWER_IS = re.compile(r"\banswer\b(?:\s+to\b[^.\n:=]{0,80}?)?[*_]*\s*(?:is\b|:|=)[*_]*\s*:?", re.IGNORECASE)
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+FRACTION = re.compile(
+    r"(?<![0-9])([0-9]*+)\s{0,2}\\[dt]?frac\s*(?:\{\s*(-?[0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}|([0-9])\s*([0-9]))"
+)
+OPERATOR_BEFORE = re.compile(r"[-+*/^({]\s*$|\\")
+OPERATOR_AFTER = re.compile(r"\s*(?:[*/^\\!({]|[-+]\s*[0-9A-Za-z.(\\])|[A-Za-z](?![A-Za-z])")
+ASSIGNED = re.compile(r"^\s*[A-Za-z]\s*(?:=|\\in\b)\s*")
+COMMANDS = frozenset(
+    ["frac", "sqrt", "pi", "cdot", "times", "left", "right", "infty", "cup", "cap", "pm", "text", "mathrm", "le", "leq", "ge", "geq", "lt", "gt", "neq", "in", "sin", "cos", "tan", "log", "ln", "exp", "begin", "end"]
+)
+SIGNS = str.maketrans(
+    {"−": "-", "×": "*", "÷": "/", "°": "", "€": "", "£": "", "¥": "", "π": r"\pi ", "∞": r"\infty "}
+)
+
+
+def correct(prompts, completions, completion_ids=None, *, answer, **columns) -> list[float | None]:
+    """Return 1.0 where the completion's final answer equals the gold, 0.0 where not, None where the gold is None.
+
+    Args:
+        prompts, completion_ids, columns: not used; part of TRL's reward contract.
+        completions: strings, or lists of {"role", "content"} messages, of which the last one counts.
+        answer: one gold a completion: a string or a number. A gold with a mark of its own ("... #### 72",
+            "\\boxed{72}") is read as a completion is.
+
+    Raises:
+        UserError: an empty or NaN gold, which no completion could ever match.
+    """
+    scores: list[float | None] = []
+    for row, (completion, gold) in enumerate(zip(completions, answer, strict=True)):
+        if gold is None:
+            scores.append(None)
+            continue
+        gold = str(gold).strip()
+        if gold in ("", "nan", "NaN"):
+            raise UserError(f"column 'answer', row {row} of the batch: {gold!r}; expected an answer, or null for none")
+        gold = marked_answer(gold) or gold
+        if not isinstance(completion, str):
+            completion = (completion[-1]["content"] or "") if completion else ""
+        scores.append(float(is_correct(completion, gold)))
+    return scores
+
+
+def is_correct(completion: str, gold: str) -> bool:
+    """Return whether the one final answer read from the completion equals the gold."""
+    target = parse_number(gold, whole=True)
+    candidate = marked_answer(completion)
+    if candidate is not None:
+        if target is None:
+            return _same_expression(candidate, gold)
+        # In a box only the number may stand (1, 2 is a set); a sentence may go on: "the answer is 72 clips in 2 months"
+        found = parse_number(candidate, whole=BOX.search(completion) is not None)
+        return found is not None and found.equals(target)
+    if BOX.search(completion):
+        return False  # a box that never closes: the reply was cut off in its answer
+    if target is None:
+        return _same_expression(completion.strip().rpartition("\n")[2], gold)
+    numbers = list(NUMBER.finditer(_plain(completion)))
+    found = _read(numbers[-1]) if numbers else None
+    return found is not None and found.equals(target)
+
+
+def marked_answer(text: str) -> str | None:
+    r"""Return what the text marks as its answer, or None: the last closed \boxed{}, else the last line "#### ...",
+    else what follows the last "the answer is", up to the end of that line."""
+    boxes = list(BOX.finditer(text))
+    if boxes:
+        return _braced(text, boxes[-1].end())
+    if "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0]
+    sentences = list(ANSWER_IS.finditer(text))
+    if sentences:
+        rest = text[sentences[-1].end() :].strip().partition("\n")[0]
+        return rest.rstrip(" .") or None
+    return None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number as written: its exact value, and how it was written, which decides what it may equal."""
+
+    value: Fraction
+    kind: str  # "integer" | "decimal" | "fraction"
+    percent: bool
+
+    def equals(self, gold: "Number") -> bool:
+        """Exact equality, but for: 72% is 72 or 0.72 where the gold has no sign (and the other way round), a
+        fraction equals its decimal to 6 places, and "144/2" is not yet an answer where the gold is the integer 72."""
+        if gold.kind == "integer" and self.kind == "fraction":
+            return False
+        values = {self.value}
+        if self.percent and not gold.percent:
+            values.add(self.value / 100)
+        elif gold.percent and not self.percent:
+            values.add(self.value * 100)
+        rounded = {self.kind, gold.kind} == {"fraction", "decimal"}
+        slack = min(1, abs(gold.value)) / 10**6 if rounded else 0
+        return any(abs(value - gold.value) <= slack for value in values)
+
+
+def parse_number(text: str, *, whole: bool) -> Number | None:
+    """Return the first number of an answer (after its last "=", with or without unit), None where it holds none.
+
+    An expression to be worked out ("12+34", "3^2", "2\\pi") is no number. With `whole`, a second number is none either.
+    """
+    if len(text) > MAX_CHARS:
+        return None
+    text = _plain(text).rpartition("=")[2]
+    first = NUMBER.search(text)
+    if first is None or OPERATOR_BEFORE.search(text[: first.start()]) or OPERATOR_AFTER.match(text, first.end()):
+        return None
+    if whole and re.search(r"[0-9\\<>]", text[: first.start()] + text[first.end() :]):
+        return None
+    return _read(first)
+
+
+def _read(match: re.Match) -> Number | None:
+    digits, denominator = match["digits"].replace(",", ""), match["denominator"]
+    if len(digits) + len(denominator or "") > MAX_DIGITS or (denominator and int(denominator) == 0):
+        return None
+    value = Fraction(f"{digits}e{match['exponent'] or 0}") / int(denominator or 1)
+    kind = "fraction" if denominator else "decimal" if "." in digits or match["exponent"] else "integer"
+    return Number(-value if match["sign"] == "-" else value, kind, match["percent"] is not None)
+
+
+def _plain(text: str) -> str:
+    r"""Return the text without LaTeX and Markdown dress: $, \,, \left, \text{}, ^\circ, **; \frac{1}{2} -> 1/2."""
+    text = text.translate(SIGNS).replace("{,}", ",")
+    text = re.sub(r"\\[!,;: ]|\\(?:left|right)(?![A-Za-z])|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]", "", text)
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = FRACTION.sub(_unstack, text)
+    text = text.replace(r"\%", "%").replace(r"\$", "$")
+    text = re.sub(r"\$(?!\s*\.?[0-9])", "", text)  # a closing or lone $; before a number it is kept as its prefix
+    return re.sub(r"(?<![0-9)])\*\*|\*\*(?![0-9(])", "", text)
+
+
+def _unstack(match: re.Match) -> str:
+    r"""\frac{1}{2} -> 1/2; a mixed number 2\frac{1}{2} -> 5/2."""
+    whole, above, below = match[1], match[2] or match[4], match[3] or match[5]
+    if not whole:
+        return f"{above}/{below}"
+    if above.startswith("-") or len(whole + above + below) > MAX_DIGITS:
+        return match[0]
+    return f"{int(whole) * int(below) + int(above)}/{below}"
+
+
+def _braced(text: str, start: int) -> str | None:
+    """Return the text from `start` up to the brace that closes the one before it; None where none does."""
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
+        if depth == 0:
+            return text[start:end]
+    return None
+
+
+def _same_expression(candidate: str, gold: str) -> bool:
+    """Compare as text (without case, spaces and dress), then, where the bounds allow it, as mathematics."""
+    if len(candidate) > MAX_CHARS:
+        return False
+    candidate, gold = (ASSIGNED.sub("", _dress_off(text)) for text in (candidate, gold))
+    if re.sub(r"\s", "", candidate).casefold() == re.sub(r"\s", "", gold).casefold():
+        return True
+    if not (_is_small(candidate) and _is_small(gold)):
+        return False
+    # Names and functions that the gold has not: never equal to it, and what makes SymPy search for long.
+    if not set(_names(candidate)) <= {*_names(gold), "sqrt", "frac", "cdot", "left", "right", "times", "pm"}:
+        return False
+    return _verify(candidate, gold)
+
+
+def _dress_off(text: str) -> str:
+    text = text.strip().rstrip(".").strip().translate(SIGNS).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    text = re.sub(r"\\[!,;: ]|\\[()\[\]]|(?<!\\)\$|\\(?:left|right)(?![A-Za-z])", "", text)
+    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text).strip().strip("*").strip()
+
+
+def _names(text: str) -> list[str]:
+    return re.findall(r"\\[A-Za-z]+|[A-Za-z]", text.replace("\\", " \\"))
+
+
+def _is_small(text: str) -> bool:
+    """Whether SymPy is done with the expression at once: bounds on everything that makes it slow or huge."""
+    commands = re.findall(r"\\([A-Za-z]+)", text)
+    exponents = re.findall(r"(?:\^|\*\*)\s*\{?\s*[-+]?\s*\(?\s*([0-9]*)", text)
+    depths = [
+        sum({"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(c, 0) for c in text[:i]) for i in range(len(text))
+    ]
+    return (
+        len(text) <= MAX_CHARS
+        and text.isascii()
+        and set(commands) <= COMMANDS
+        and max(depths, default=0) <= MAX_DEPTH
+        and all(len(digits) <= MAX_DIGITS for digits in re.findall(r"[0-9]+", text))
+        and all(len(digits) <= 3 for digits in exponents)
+        and prod(int(digits or 2) for digits in exponents) <= MAX_POWER
+        and not re.search(r"!|[<>=]|\^[^,]*\^[^,]*\^|[0-9]\s+[0-9]", text)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _parse(latex: str) -> tuple:
+    from math_verify import LatexExtractionConfig, parse
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-out is off: meant, see above
+    return tuple(parse(f"${latex}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None))
+
+
+def _verify(candidate: str, gold: str) -> bool:
+    from math_verify import verify
+
+    return verify(list(_parse(gold)), list(_parse(candidate)), timeout_seconds=None)

@@ -1,0 +1,55 @@
+"""Stage 4, the reward model: human rankings of K replies in, a model that scores a reply out.
+
+accelerate launch recipes/reward.py --config recipes/tiny/reward.yaml [--loss_type bradley_terry]
+Gain: pair accuracy on held-out rankings, against chance. Where rows carry the labeller's true `utilities` (tiny),
+their own pair accuracy is the ceiling that noise allows, and `eval_goal: 0.03` aims at 3 points below it or better.
+"""
+
+from posttrain import data, evals, ranking_metrics, stage
+from posttrain.args import parse, resolved
+from posttrain.data import DataConfig, load_rows
+from posttrain.errors import entry
+from posttrain.evals import EvalConfig
+from posttrain.models import ModelConfig, load_scalar_model, load_tokenizer, save_pair
+from posttrain.reward_model import RewardConfig, encode_rankings, init_head, score_rankings, train
+from posttrain.stage import StageConfig
+from posttrain.training import OptimConfig
+
+ARGS = (StageConfig, ModelConfig, DataConfig, RewardConfig, OptimConfig, EvalConfig)
+
+
+def check(argv, planned=()) -> dict:
+    configs = own, base, source, _, _, _ = parse(ARGS, argv)
+    stage.describe_parents({"policy": base.model_name_or_path}, planned)
+    data.check(source, source.dataset_train_split, own.seed, ("prompt",))
+    return resolved(*configs)
+
+
+def main() -> None:
+    configs = own, base, source, config, optim, held_out = parse(ARGS, description=__doc__)
+    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("prompt",))
+    test_rows, test_description = evals.load_eval_rows(source, held_out, own.seed, ("prompt",))
+    parents, sources = {"policy": base.model_name_or_path}, [description, test_description]
+    run = stage.start("reward", configs, parents=parents, data=sources)
+    accelerator = stage.accelerator(optim.bf16)
+    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision)
+    model = load_scalar_model(base).to(accelerator.device)
+    init_head(model)
+    rankings, too_long = encode_rankings(tokenizer, rows, config.max_length)
+    test, _ = encode_rankings(tokenizer, test_rows, config.max_length)
+    run.note(f"{len(rankings)} rankings to learn from, {len(test)} held out; {too_long} left out as too long")
+    tokens = train(run, accelerator, model, rankings, config, optim)
+
+    scores, ranks = score_rankings(model, test), [r.ranks for r in test]
+    metrics = ranking_metrics.measure_rankings(scores, ranks)
+    true = [test_rows[r.row].get("utilities") for r in test]
+    gains, ceiling = ranking_metrics.reward_gains(metrics, ranks, true, held_out.eval_goal)
+    run.finish(
+        lambda folder: save_pair(model, tokenizer, folder), metrics=metrics | ceiling, gains=gains,
+        samples=ranking_metrics.sample_rankings(scores, [test_rows[r.row] for r in test]), tokens=tokens,
+        parameters=model.num_parameters(),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,58 @@
+"""Stage 3, the chat model: conversations in, a base model taught to answer out.
+
+accelerate launch recipes/sft.py --config recipes/tiny/sft.yaml [--chat_template_path chat_templates/chatml.jinja]
+Gains: replies that end with the turn's end token; answers judged by the first of `eval_reward_funcs`, against the base
+model given solved examples (few-shot) where the held-out rows have `few_shot`, else asked through the same template.
+"""
+
+from posttrain import data, evals, stage
+from posttrain.args import parse, resolved
+from posttrain.chat import set_template, stop_ids
+from posttrain.data import DataConfig, load_rows
+from posttrain.errors import entry
+from posttrain.evals import EvalConfig, ReplyConfig
+from posttrain.models import ModelConfig, load_causal_lm, load_tokenizer, save_pair
+from posttrain.rl.rollout import EngineConfig, make_engine
+from posttrain.sft import SFTConfig, encode_rows, make_trainer, train
+from posttrain.stage import StageConfig
+from posttrain.training import OptimConfig
+
+ARGS = (StageConfig, ModelConfig, DataConfig, SFTConfig, OptimConfig, EvalConfig, ReplyConfig, EngineConfig)
+
+
+def check(argv, planned=()) -> dict:
+    configs = own, model, source, config, _, held_out, _, _ = parse(ARGS, argv)
+    stage.describe_parents({"policy": model.model_name_or_path}, planned)
+    data.check(source, source.dataset_train_split, own.seed, ("messages",))
+    return resolved(*configs)
+
+
+def main() -> None:
+    configs = own, base, source, config, optim, held_out, replies, engine_config = parse(ARGS, description=__doc__)
+    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("messages",))
+    test, test_description = evals.load_eval_rows(source, held_out, own.seed, ("prompt",))
+    parents = {"policy": base.model_name_or_path}
+    run = stage.start("sft", configs, parents=parents, data=[description, test_description])
+    model, tokenizer = load_causal_lm(base), load_tokenizer(base.model_name_or_path, base.model_revision)
+    set_template(tokenizer, model, config.chat_template_path)
+    encoded = encode_rows(tokenizer, rows, config.max_length, config.max_truncated)
+
+    length = evals.longest_prompt(tokenizer, test) + replies.eval_max_tokens
+    engine = make_engine(engine_config, model, tokenizer, length, own.seed, run.output_dir)
+    run.note(f"replies are sampled by {engine.name}")
+    before, base_samples = evals.measure_base(engine, tokenizer, test, replies, stop_ids(tokenizer))
+    trainer = make_trainer(run, model, tokenizer, encoded, config, optim)
+    tokens = train(trainer, run)
+    engine.sync_weights(model)
+    after, samples = evals.measure_replies(engine, tokenizer, test, replies, stop_ids(tokenizer))
+    run.finish(
+        lambda folder: save_pair(model, tokenizer, folder),
+        metrics={**{f"{name}, base": value for name, value in before.items()}, **after},
+        gains=evals.sft_gains(before, after, replies.eval_reward_funcs[0]),
+        samples=evals.merge_samples({"base": base_samples, "sft": samples}),
+        tokens=tokens, parameters=model.num_parameters(), engine=engine.name,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,47 @@
+"""Stage 1, the tokenizer: texts in, a byte-level BPE tokenizer out.
+
+accelerate launch recipes/tokenizer.py --config recipes/tiny/tokenizer.yaml [--vocab_size 2048]"""
+
+from dataclasses import dataclass
+
+from posttrain import data, evals, intervals, stage
+from posttrain.args import arg, parse, resolved
+from posttrain.data import DataConfig, load_rows
+from posttrain.errors import entry
+from posttrain.evals import EvalConfig
+from posttrain.stage import StageConfig
+
+
+@dataclass
+class TokenizerConfig:
+    """Tokenizer: size"""
+
+    vocab_size: int = arg(1024, help="tokens, special ones and the 256 bytes included; an upper bound for little text")
+
+
+ARGS = (StageConfig, DataConfig, EvalConfig, TokenizerConfig)
+
+
+def check(argv, planned=()) -> dict:
+    configs = parse(ARGS, argv)
+    data.check(configs[1], configs[1].dataset_train_split, configs[0].seed, ("text",))
+    return resolved(*configs)
+
+
+def main() -> None:
+    configs = own, source, held_out, config = parse(ARGS, description=__doc__)
+    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("text",))
+    test, test_description = evals.load_eval_rows(source, held_out, own.seed, ("text",))
+    run = stage.start("tokenizer", configs, parents={}, data=[description, test_description])
+    from posttrain.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer((row["text"] for row in rows), config.vocab_size)
+    texts = [row["text"] for row in test]
+    counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    sizes = [len(text.encode()) for text in texts]
+    density = intervals.measured_ratio(sizes, counts, "bytes/token")
+    run.finish(tokenizer.save_pretrained, metrics={"bytes per token": density}, vocab_size=len(tokenizer))
+
+
+if __name__ == "__main__":
+    entry(main)
