@@ -18,7 +18,7 @@ PROBE = [{"role": "user", "content": "ping"}, {"role": "assistant", "content": "
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """`input_ids` and `assistant_mask` have one entry a token; mask 1 = written by the assistant, end token included."""
+    """One entry a token in both; mask 1 = written by the assistant, end token included."""
 
     input_ids: list[int]
     assistant_mask: list[int]
@@ -87,7 +87,7 @@ def _encode_rendered(tokenizer, text: str, spans: list[tuple[int, int]], literal
 
 
 def decode(tokenizer, ids: list[int]) -> str:
-    """The text of a completion without its end token; other special tokens stay visible, since they are a defect."""
+    """A completion's text without its end token; other special tokens stay visible, since they are a defect."""
     ids = list(ids)
     while ids and ids[-1] in stop_ids(tokenizer):
         ids.pop()
@@ -113,7 +113,7 @@ def end_of_turn_id(tokenizer) -> int:
 
 
 def stop_ids(tokenizer, model=None) -> tuple[int, ...]:
-    """Tokens that end a reply: the tokenizer's eos, the model's generation config's, and the template's end of turn."""
+    """What ends a reply: the eos of tokenizer and generation config, and the template's end of turn."""
     ids = {tokenizer.eos_token_id}
     if model is not None:
         configured = model.generation_config.eos_token_id

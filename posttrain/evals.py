@@ -62,7 +62,7 @@ def load_eval_rows(data: DataConfig, config: EvalConfig, seed: int, columns: tup
 
 
 def sample_replies(engine, tokenizer, rows: list[dict], config: ReplyConfig, stop_ids, prefix: str = "") -> Rollouts:
-    """eval_num_generations replies at temperature 1 to each row's `prompt`; a prefix counts as the model's own words."""
+    """eval_num_generations replies at temperature 1 to each prompt; a prefix counts as the model's own words."""
     begin = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
     prompts = [encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids for row in rows]
     n = config.eval_num_generations

@@ -56,7 +56,7 @@ def _best(ranks: list[int]) -> set[int]:
 
 
 def reward_gains(metrics: dict, ranks: list[list[int]], utilities: list, goal: float) -> tuple[list[dict], dict]:
-    """(gains, {"true utility's pair accuracy"} where utilities are known): the score against chance and the ceiling."""
+    """(gains, the ceiling's metric where utilities are known): the score against chance and against the ceiling."""
     accuracy = metrics["pair accuracy"]
     chance = {"value": 0.5, "low": 0.5, "high": 0.5, "n": accuracy["n"], "unit": "%"}
     gains = [

@@ -85,7 +85,7 @@ def plackett_luce_loss(scores: Tensor, ranks: list[int]) -> Tensor:
 
 
 def bradley_terry_loss(scores: Tensor, ranks: list[int]) -> Tensor:
-    """Mean over the pairs with different ranks of -log sigmoid(better - worse) (InstructGPT, 2203.02155); scores (K,)."""
+    """Mean over pairs of different ranks of -log sigmoid(better - worse) (InstructGPT, 2203.02155); scores (K,)."""
     pairs = [(i, j) for i in range(len(ranks)) for j in range(i + 1, len(ranks)) if ranks[i] < ranks[j]]
     if not pairs:
         return scores.sum() * 0.0

@@ -92,7 +92,7 @@ class Updater:
         if not (math.isfinite(total.item()) and math.isfinite(norm.item())):
             self.optimizer.zero_grad()
             raise UserError(
-                f"update {self.updates + 1}: loss {total.item()}, gradient norm {norm.item()}; stopped before the update. "
+                f"update {self.updates + 1}: loss {total.item()}, gradient norm {norm.item()}; stopped before it. "
                 f"Rows: {name_rows()}. Lower learning_rate or look at these rows"
             )
         self.optimizer.step()
@@ -151,7 +151,7 @@ def write_state(folder, **parts) -> None:
 
 
 def read_state(folder) -> dict:
-    """The parts written by `write_state`; also restores the random number generators. UserError where it is missing."""
+    """The parts written by `write_state`; also restores the random generators. UserError where it is missing."""
     file = folder / "training_state.pt"
     if not file.is_file():
         raise UserError(f"{file} is missing: without it training would restart its optimizer; remove {folder}")

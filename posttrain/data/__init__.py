@@ -114,8 +114,7 @@ def _local(path: Path, split: str) -> Iterator[dict]:
 
 def read_jsonl(file: Path) -> Iterator[dict]:
     """Objects of a JSONL file, gzipped or not. UserError with file and line for what is not a JSON object."""
-    opened = gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb")
-    with opened as lines:
+    with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

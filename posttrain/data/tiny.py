@@ -1,6 +1,7 @@
 """The embedded world `tiny`: data for every stage of the chain from a seed, nothing to download.
 
-In: a kind (`documents`, `conversations`, `rankings`, `problems` = sums, `prompts` = a mix), a split (`train`, `test`) and a seed.
+In: a kind (`documents`, `conversations`, `rankings`, `problems` = sums, `prompts` = a mix), a split
+(`train`, `test`) and a seed.
 Out: rows in the layouts of README's table. Use in a config: `dataset_name: tiny`, `dataset_config: rankings`.
 
 What is held out: a sum (as an unordered pair of numbers), a question (person, attribute) and a stranger's name
@@ -240,7 +241,7 @@ def rankings(world: World, split: str, num: int, seed: int):
 
 
 def problems(world: World, split: str, num: int, seed: int, weights: tuple):
-    """Yield `{"prompt", "answer", "kind"}` rows of tasks drawn by `weights`; a question comes once while new ones last."""
+    """Yield `{"prompt", "answer", "kind"}` rows drawn by `weights`; a question comes once while new ones last."""
     rng = random.Random(f"problems-{split}-{seed}")
     asker, seen = Asker(world, split, rng), set()
     for _ in range(num):

@@ -41,7 +41,37 @@ OPERATOR_BEFORE = re.compile(r"[-+*/^({]\s*$|\\")
 OPERATOR_AFTER = re.compile(r"\s*(?:[*/^\\!({]|[-+]\s*[0-9A-Za-z.(\\])|[A-Za-z](?![A-Za-z])")
 ASSIGNED = re.compile(r"^\s*[A-Za-z]\s*(?:=|\\in\b)\s*")
 COMMANDS = frozenset(
-    ["frac", "sqrt", "pi", "cdot", "times", "left", "right", "infty", "cup", "cap", "pm", "text", "mathrm", "le", "leq", "ge", "geq", "lt", "gt", "neq", "in", "sin", "cos", "tan", "log", "ln", "exp", "begin", "end"]
+    [
+        "frac",
+        "sqrt",
+        "pi",
+        "cdot",
+        "times",
+        "left",
+        "right",
+        "infty",
+        "cup",
+        "cap",
+        "pm",
+        "text",
+        "mathrm",
+        "le",
+        "leq",
+        "ge",
+        "geq",
+        "lt",
+        "gt",
+        "neq",
+        "in",
+        "sin",
+        "cos",
+        "tan",
+        "log",
+        "ln",
+        "exp",
+        "begin",
+        "end",
+    ]
 )
 SIGNS = str.maketrans(
     {"−": "-", "×": "*", "÷": "/", "°": "", "€": "", "£": "", "¥": "", "π": r"\pi ", "∞": r"\infty "}

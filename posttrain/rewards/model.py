@@ -26,7 +26,7 @@ class RewardModelScore:
 
 
 def load_reward_model(base: ModelConfig, ppo, device) -> RewardModelScore:
-    """The reward model at `ppo.reward_model_path`, frozen. UserError where its manifest lacks what normalising needs."""
+    """The reward model at `ppo.reward_model_path`, frozen. UserError where its manifest lacks mean and std."""
     model = load_scalar_model(replace(base, model_name_or_path=ppo.reward_model_path, model_revision=None))
     model = model.to(device).requires_grad_(False)
     if not ppo.normalize_rewards:

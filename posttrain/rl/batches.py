@@ -1,4 +1,4 @@
-"""From experience to forward passes: `MicroBatch` holds packed rows and, flat over completion tokens, what a loss needs.
+"""From experience to forward passes: a `MicroBatch` holds packed rows and, flat over tokens, what a loss needs.
 
 In: an `Experience` and indices into it. Out: micro-batches of bounded size, whatever the lengths.
 """

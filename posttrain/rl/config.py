@@ -52,7 +52,7 @@ class RLConfig:
             )
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise UserError(
-                f"reward_weights: found {len(self.reward_weights)} for {len(self.reward_funcs)} reward_funcs; give one each"
+                f"reward_weights: found {len(self.reward_weights)} for {len(self.reward_funcs)} reward_funcs; one each"
             )
 
 

@@ -53,7 +53,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> 
 def completion_positions(starts: list[int], prompts: list[int], lengths: list[int]) -> Tensor:
     """Flat positions that predict each completion's tokens: from the prompt's last token to the one before the end.
 
-    starts: offsets of the sequences; prompts, lengths: tokens of prompt and completion of each. Returns (sum lengths,).
+    starts: offsets of the sequences; prompts, lengths: tokens of each prompt and completion. Returns (sum lengths,).
     """
     pieces = [torch.arange(s + p - 1, s + p - 1 + n) for s, p, n in zip(starts, prompts, lengths, strict=True)]
     return torch.cat(pieces)

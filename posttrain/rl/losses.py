@@ -11,7 +11,7 @@ def clipped_policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate (1707.06347): -min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(logps - old_logps).
 
-    All (M,). Returns the loss and, detached, 1 where the clip took the gradient away. high > low is DAPO's clip-higher.
+    All (M,). Returns the loss and, detached, 1 where the clip took the gradient. high > low is DAPO's clip-higher.
     """
     ratio = torch.exp(logps - old_logps)
     plain, clipped = ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages

@@ -58,8 +58,7 @@ class Engine(Protocol):
 
 
 def sample_seed(*parts: int) -> int:
-    """A 31-bit seed from (seed, step, prompt, sample): hashed, since vLLM gives n samples s, s + 1, ... of their prompt
-    and neighbouring prompt seeds would collide."""
+    """A 31-bit seed from (seed, step, prompt, sample): hashed, since seeds counted up would collide with neighbours."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
@@ -134,7 +133,7 @@ def _cut(ids: list[int], sampling: Sampling) -> Completion:
 
 @torch.no_grad()
 def model_logps(model, prompts, completions, temperature: float, max_tokens: int = 8192) -> list[torch.Tensor]:
-    """Log-probabilities (T_i,) of completions under `model` in eval mode, from packed forwards; on the CPU, float32."""
+    """Log-probabilities (T_i,) of completions under `model`, from packed forwards; on the CPU, float32."""
     scorer, device = TokenLogps(model), model.device
     result: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
     lengths = [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)]

@@ -1,4 +1,4 @@
-"""Call reward functions on rollouts and add them up. In: `[(name, function, weight)]` and rollouts. Out: (N,) rewards."""
+"""Call reward functions on rollouts and add them up. In: `[(name, function, weight)]`, rollouts. Out: (N,) rewards."""
 
 import math
 

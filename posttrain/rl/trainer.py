@@ -44,9 +44,8 @@ class RLTrainer:
         if critic is not None:
             self.critic_updater = Updater(TokenValues(critic), accelerator, optim, updates, ppo.critic_learning_rate)
         if config.num_prompts % accelerator.num_processes:
-            raise UserError(
-                f"num_prompts: found {config.num_prompts}, expected a multiple of the {accelerator.num_processes} processes"
-            )
+            world = accelerator.num_processes
+            raise UserError(f"num_prompts: found {config.num_prompts}, expected a multiple of the {world} processes")
         if stage.resume_folder is not None:
             self._load(stage.resume_folder)
 
@@ -224,7 +223,7 @@ class RLTrainer:
         if found > self.config.max_mismatch:
             raise UserError(
                 f"step {self.step + 1}: {self.engine.name} and the trainer disagree on the sampled tokens: mean "
-                f"exp|log-probability difference| is {found:.3f}, expected at most max_mismatch {self.config.max_mismatch}; "
+                f"exp|log-probability difference| is {found:.3f}, max_mismatch is {self.config.max_mismatch}; "
                 "the weights did not reach the engine, or its dtype differs (--dtype float32)"
             )
 

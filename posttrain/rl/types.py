@@ -37,7 +37,7 @@ class Rollouts:
 
 @dataclass
 class Experience:
-    """Rollouts with what training needs; each list has N entries, tensors are (T_i,) over completion tokens, float32."""
+    """Rollouts with what training needs; lists have N entries, tensors are (T_i,) over completion tokens, float32."""
 
     rollouts: Rollouts
     rewards: Tensor  # (N,) total reward of each completion, missing-EOS penalty included
