@@ -19,7 +19,7 @@ def bits_per_byte(model, tokenizer, texts: list[str], max_length: int) -> dict:
     -log2 p(text) summed over all texts / bytes of all texts; the interval is that of a ratio of means.
     """
     bits, sizes = [], []
-    for text in texts:
+    for text in filter(None, texts):  # an empty one has no bytes
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         chunks = [ids[i : i + max_length - 1] for i in range(0, len(ids), max_length - 1)]
         logps = model_logps(model, [[tokenizer.eos_token_id]] * len(chunks), chunks, 1.0)

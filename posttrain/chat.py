@@ -29,8 +29,9 @@ def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool 
 
     A control token spelled out inside a message (`<|im_end|>` typed by a user) is swapped for a private-use
     character before rendering and encoded as ordinary text afterwards. Conversations without one encode exactly
-    as `tokenizer.apply_chat_template` does.
+    as `tokenizer.apply_chat_template` does. UserError where the template refuses the messages.
     """
+    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if tokenizer.chat_template is None:
@@ -40,14 +41,18 @@ def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool 
         )
     control = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
     messages, literal = _hide_control(messages, control)
-    rendered, spans = render_jinja_template(
-        conversations=[messages],
-        chat_template=tokenizer.chat_template,
-        return_assistant_tokens_mask=GENERATION.search(tokenizer.chat_template) is not None,
-        add_generation_prompt=add_generation_prompt,
-        tools=tools,
-        **tokenizer.special_tokens_map,
-    )
+    try:
+        rendered, spans = render_jinja_template(
+            conversations=[messages],
+            chat_template=tokenizer.chat_template,
+            return_assistant_tokens_mask=GENERATION.search(tokenizer.chat_template) is not None,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **tokenizer.special_tokens_map,
+        )
+    except (TemplateError, TypeError) as error:  # TypeError: text + None, a message without its content
+        roles = ", ".join(str(m.get("role")) for m in messages)
+        raise UserError(f"the chat template refuses messages with roles {roles}: {error}") from error
     return _encode_rendered(tokenizer, rendered[0], spans[0] if spans else [], literal)
 
 

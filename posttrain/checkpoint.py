@@ -93,7 +93,15 @@ def save(folder: Path, write: Callable[[Path], None], *, keep: int, **facts) -> 
 
 
 def read_manifest(folder: Path) -> dict:
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    """The manifest of a checkpoint. UserError naming it where it is damaged."""
+    file = folder / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): remove {folder} to go back to an older one") from error
+    if not (isinstance(manifest, dict) and isinstance(manifest.get("step"), int) and "files" in manifest):
+        raise UserError(f"{file} is damaged (no step or no files): remove {folder} to go back to an older one")
+    return manifest
 
 
 def complete(parent: Path) -> list[Path]:

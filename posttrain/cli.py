@@ -127,3 +127,7 @@ def call_env(_options: argparse.Namespace) -> int:
 
     print(environment.report())
     return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -56,9 +56,12 @@ def eval_data(data: DataConfig, config: EvalConfig) -> DataConfig:
     )
 
 
-def load_eval_rows(data: DataConfig, config: EvalConfig, seed: int, columns: tuple[str, ...]):
-    """(rows, description) of the held-out split."""
-    return load_rows(eval_data(data, config), config.eval_dataset_split, seed, columns)
+def load_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None) -> tuple[list, list, list]:
+    """(rows to train on, held-out rows, descriptions of both for the manifest)."""
+    rows, description = load_rows(data, data.dataset_train_split, seed, columns)
+    source = eval_data(data, config)
+    test, test_description = load_rows(source, config.eval_dataset_split, seed, eval_columns or columns)
+    return rows, test, [description, test_description]
 
 
 def sample_replies(engine, tokenizer, rows: list[dict], config: ReplyConfig, stop_ids, prefix: str = "") -> Rollouts:
@@ -201,10 +204,26 @@ def grpo_gains(before: dict, after: dict, replies: ReplyConfig, goal: float) -> 
     return gains
 
 
-def ppo_gains(before: dict, after: dict, replies: ReplyConfig, goal: float) -> list[dict]:
-    """The judge's gain, and the proxy's."""
-    metric = metric_of(replies.eval_reward_funcs[0])
-    return [reply_gain(name, name, before, after, ("SFT", "PPO")) for name in (metric, "reward model")]
+def ppo_gains(before: dict, after: dict, replies: ReplyConfig, max_kl: float) -> list[dict]:
+    """The judge's gain where there is one, the reward model's own, which is only a proxy, and the KL paid for it."""
+    names = [*map(metric_of, replies.eval_reward_funcs[:1]), "reward model"]
+    gains = [reply_gain(name, name, before, after, ("SFT", "PPO")) for name in names]
+    if max_kl:
+        kl = after["KL to the start"]
+        none = {"value": 0.0, "low": 0.0, "high": 0.0}
+        goal = f"at most {max_kl:g}"
+        gains.append(
+            gain(
+                "KL to SFT, a reply",
+                none,
+                kl,
+                labels=("SFT", "PPO"),
+                goal=goal,
+                passed=kl["high"] <= max_kl,
+                better="lower",
+            )
+        )
+    return gains
 
 
 def sft_gains(before: dict, after: dict, reward: str) -> list[dict]:

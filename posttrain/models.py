@@ -51,6 +51,11 @@ def load_causal_lm(config: ModelConfig):
     return _load_weights(AutoModelForCausalLM, config)
 
 
+def load_pair(config: ModelConfig, device="cpu"):
+    """(causal LM on `device`, its tokenizer)."""
+    return load_causal_lm(config).to(device), load_tokenizer(config.model_name_or_path, config.model_revision)
+
+
 def load_scalar_model(config: ModelConfig, **kwargs):
     """A backbone with a scalar head (`score`), as `AutoModelForSequenceClassification` with one label."""
     from transformers import AutoModelForSequenceClassification

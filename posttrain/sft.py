@@ -46,7 +46,10 @@ def encode_rows(tokenizer, rows: list[dict], max_length: int, max_truncated: flo
     in silence: UserError where nothing is supervised, an end of turn is not, or too many rows are cut."""
     end, encoded, cut = end_of_turn_id(tokenizer), [], 0
     for index, row in enumerate(rows):
-        chat = encode_chat(tokenizer, row["messages"])
+        try:
+            chat = encode_chat(tokenizer, row["messages"])
+        except UserError as error:
+            raise UserError(f"row {index}: {error}") from error
         supervised = [i for i, m in zip(chat.input_ids, chat.assistant_mask, strict=True) if m]
         replies = sum(m["role"] == "assistant" for m in row["messages"])
         if supervised.count(end) < replies or not replies:

@@ -226,7 +226,9 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     another config, an unfinished parent, a damaged checkpoint, or `resume: must` with nothing to resume.
     """
     import accelerate
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # loading and saving take a moment; training has a bar of ours
     process = accelerate.PartialState()
     config = args.resolved(*configs)
     stage = Stage(name, config, describe_parents(parents), data, process.is_main_process)
@@ -272,7 +274,7 @@ def _look(stage: Stage) -> str:
         if config["resume"] == "must":
             raise UserError(f"resume: must, but {folder} has no unfinished run to resume")
         return "fresh"
-    before = json.loads((folder / mine[0]).read_text(encoding="utf-8"))
+    before = read_manifest(folder) if STAGE in mine else _read_run(folder / RUN)
     changed = differences(before["config"], config) + _changed_inputs(before, stage)
     if STAGE in mine:
         if changed:
@@ -295,6 +297,13 @@ def _look(stage: Stage) -> str:
     return "resume"
 
 
+def _read_run(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}): start again with --overwrite true") from error
+
+
 def _changed_inputs(before: dict, stage: Stage) -> list[str]:
     """Parents and data that differ from those the earlier run was started with."""
     roles = sorted(set(before["parents"]) | set(stage.parents))
@@ -307,12 +316,15 @@ def _changed_inputs(before: dict, stage: Stage) -> list[str]:
 def _make_fresh(stage: Stage) -> None:
     """Empty the folder of what an earlier run left (it is a stage of ours: `_look` has seen to that), mark the run."""
     folder = stage.output_dir
-    if folder.exists():
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+    # In this order a kill in between leaves no old checkpoint to the new run, no finished stage without its model, and
+    # always a folder that is known as ours.
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     run = {"stage": stage.name, "config": stage.config, "parents": stage.parents, "data": stage.data}
     checkpoint.write_json(folder / RUN, run)
+    (folder / STAGE).unlink(missing_ok=True)
+    for path in set(folder.iterdir()) - {folder / RUN}:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (folder / CONFIG).write_text(yaml_file.dump(stage.config), encoding="utf-8")
 
 
@@ -325,7 +337,7 @@ def _resume(stage: Stage) -> None:
         for name in (LOG, "rollouts.jsonl"):
             file = stage.output_dir / name
             if file.is_file():
-                lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= manifest["step"]]
-                file.write_text("".join(kept), encoding="utf-8")
+                lines = file.read_bytes().splitlines(keepends=True)  # str.splitlines also cuts at U+2028 and others
+                whole = [line for line in lines if line.endswith(b"\n")]
+                file.write_bytes(b"".join(line for line in whole if json.loads(line)["step"] <= manifest["step"]))
         print(f"{stage.name}: resuming {stage.output_dir} at step {manifest['step']}", flush=True)

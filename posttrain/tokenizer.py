@@ -6,6 +6,8 @@ Launched by `accelerate launch recipes/tokenizer.py --config recipes/tiny/tokeni
 
 from collections.abc import Iterable
 
+from posttrain.errors import UserError
+
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 CHAT_TOKENS = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
 
@@ -19,15 +21,15 @@ SPLIT = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int):
     """Byte-level BPE over `texts`; all 256 bytes are in the alphabet, so nothing is ever unknown.
 
-    `vocab_size` counts the special tokens. Raises ValueError where it is too small for bytes and specials.
+    `vocab_size` counts the special tokens. UserError where it is too small for bytes and specials.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = [END_OF_TEXT, PAD, *CHAT_TOKENS]
     if vocab_size < 256 + len(special):
-        raise ValueError(
-            f"vocab_size {vocab_size}: expected at least {256 + len(special)} (256 bytes + special tokens)"
+        raise UserError(
+            f"vocab_size: found {vocab_size}, expected at least {256 + len(special)} (256 bytes + special tokens)"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

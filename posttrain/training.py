@@ -23,7 +23,7 @@ class OptimConfig:
 
     learning_rate: float = arg(1e-3, help="peak learning rate")
     lr_scheduler_type: str = arg(
-        "constant", help="after warm-up: constant, linear, cosine, or wsd (decay in the last 30 %%)"
+        "constant", help="after warm-up: constant, linear, cosine, or wsd (decay in the last 30 %)"
     )
     warmup_steps: int = arg(10, help="steps of linear warm-up")
     weight_decay: float = arg(0.0, help="decoupled weight decay on matrices")

@@ -8,10 +8,10 @@ Gain: the first of `eval_reward_funcs` on held-out problems, before and after; `
 from posttrain import data, evals, stage
 from posttrain.args import parse, resolved
 from posttrain.chat import stop_ids
-from posttrain.data import DataConfig, load_rows
+from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig, ReplyConfig
-from posttrain.models import ModelConfig, load_causal_lm, load_tokenizer, save_pair
+from posttrain.models import ModelConfig, load_pair, save_pair
 from posttrain.rewards import load_rewards
 from posttrain.rl.batches import encode_prompts
 from posttrain.rl.config import RLConfig
@@ -32,19 +32,14 @@ def check(argv, planned=()) -> dict:
 
 
 def main() -> None:
-    configs = own, base, source, config, optim, held_out, replies, engine_config = parse(ARGS, description=__doc__)
-    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("prompt",))
-    test, test_description = evals.load_eval_rows(source, held_out, own.seed, ("prompt",))
-    parents, sources = {"policy": base.model_name_or_path}, [description, test_description]
-    run = stage.start("grpo", configs, parents=parents, data=sources)
+    configs = own, base, source, config, optim, held_out, replies, engines = parse(ARGS, description=__doc__)
+    rows, test, sources = evals.load_both(source, held_out, own.seed, ("prompt",))
+    run = stage.start("grpo", configs, parents={"policy": base.model_name_or_path}, data=sources)
     accelerator = stage.accelerator(optim.bf16)
-    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision)
-    policy = load_causal_lm(base).to(accelerator.device)
+    policy, tokenizer = load_pair(base, accelerator.device)
     prompts, length = encode_prompts(tokenizer, rows, test, config, replies)
     stops = stop_ids(tokenizer, policy)
-    engine = make_engine(engine_config, policy, tokenizer, length, own.seed, run.output_dir)
-    run.note(f"completions are sampled by {engine.name}")
-
+    engine = make_engine(engines, policy, tokenizer, length, run)
     before, _ = evals.measure_replies(engine, tokenizer, test, replies, stops)
     trainer = RLTrainer(
         run, accelerator, config, optim, policy=policy, tokenizer=tokenizer, engine=engine, prompts=prompts,

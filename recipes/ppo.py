@@ -8,10 +8,10 @@ sees), beside the reward model's own score and the KL to the chat model it start
 from posttrain import data, evals, stage
 from posttrain.args import parse, resolved
 from posttrain.chat import stop_ids
-from posttrain.data import DataConfig, load_rows
+from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig, ReplyConfig
-from posttrain.models import ModelConfig, load_causal_lm, load_tokenizer, save_pair
+from posttrain.models import ModelConfig, load_pair, save_pair
 from posttrain.rewards.model import load_critic, load_reward_model
 from posttrain.rl.batches import encode_prompts
 from posttrain.rl.config import PPOConfig, RLConfig
@@ -31,22 +31,16 @@ def check(argv, planned=()) -> dict:
 
 
 def main() -> None:
-    configs = own, base, source, config, ppo, optim, held_out, replies, engine_config = parse(
-        ARGS, description=__doc__
-    )
-    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("prompt",))
-    test, test_description = evals.load_eval_rows(source, held_out, own.seed, ("prompt",))
+    configs = own, base, source, config, ppo, optim, held_out, replies, engines = parse(ARGS, description=__doc__)
+    rows, test, sources = evals.load_both(source, held_out, own.seed, ("prompt",))
     parents = {"policy": base.model_name_or_path, "reward": ppo.reward_model_path}
-    run = stage.start("ppo", configs, parents=parents, data=[description, test_description])
+    run = stage.start("ppo", configs, parents=parents, data=sources)
     accelerator = stage.accelerator(optim.bf16)
-    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision)
-    policy, reference = load_causal_lm(base).to(accelerator.device), load_reference(base, accelerator.device)
+    (policy, tokenizer), reference = load_pair(base, accelerator.device), load_reference(base, accelerator.device)
     reward, critic = load_reward_model(base, ppo, accelerator.device), load_critic(base, ppo, accelerator.device)
     prompts, length = encode_prompts(tokenizer, rows, test, config, replies)
     stops, judges = stop_ids(tokenizer, policy), [("reward model", reward, 1.0)]
-    engine = make_engine(engine_config, policy, tokenizer, length, own.seed, run.output_dir)
-    run.note(f"completions are sampled by {engine.name}")
-
+    engine = make_engine(engines, policy, tokenizer, length, run)
     before, _ = evals.measure_replies(engine, tokenizer, test, replies, stops, judges)
     trainer = RLTrainer(
         run, accelerator, config, optim, policy=policy, tokenizer=tokenizer, engine=engine, prompts=prompts,
@@ -56,7 +50,7 @@ def main() -> None:
     after, samples = evals.measure_replies(engine, tokenizer, test, replies, stops, judges, (policy, reference))
     run.finish(
         lambda folder: save_pair(policy, tokenizer, folder), metrics=evals.before_and_after(before, after),
-        gains=evals.ppo_gains(before, after, replies, held_out.eval_goal),
+        gains=evals.ppo_gains(before, after, replies, config.max_kl),
         samples=evals.merge_samples({"ppo": samples}),
         tokens=trainer.tokens, parameters=policy.num_parameters(), engine=engine.name,
     )  # fmt: skip

@@ -7,7 +7,7 @@ Gain: bits per byte of held-out text against a byte-trigram model of the same tr
 
 from posttrain import base_evals, data, evals, intervals, stage
 from posttrain.args import parse, resolved
-from posttrain.data import DataConfig, load_rows
+from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig
 from posttrain.models import ShapeConfig, load_tokenizer, make_llama, save_pair
@@ -27,10 +27,8 @@ def check(argv, planned=()) -> dict:
 
 def main() -> None:
     configs = own, source, held_out, shape, config, optim = parse(ARGS, description=__doc__)
-    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("text",))
-    test, test_description = evals.load_eval_rows(source, held_out, own.seed, ("text",))
-    parents, sources = {"tokenizer": config.tokenizer_path}, [description, test_description]
-    run = stage.start("pretrain", configs, parents=parents, data=sources)
+    rows, test, sources = evals.load_both(source, held_out, own.seed, ("text",))
+    run = stage.start("pretrain", configs, parents={"tokenizer": config.tokenizer_path}, data=sources)
     accelerator = stage.accelerator(optim.bf16)
     tokenizer = load_tokenizer(config.tokenizer_path)
     model = make_llama(shape, tokenizer).to(accelerator.device)

@@ -7,7 +7,7 @@ their own pair accuracy is the ceiling that noise allows, and `eval_goal: 0.03` 
 
 from posttrain import data, evals, ranking_metrics, stage
 from posttrain.args import parse, resolved
-from posttrain.data import DataConfig, load_rows
+from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig
 from posttrain.models import ModelConfig, load_scalar_model, load_tokenizer, save_pair
@@ -27,10 +27,8 @@ def check(argv, planned=()) -> dict:
 
 def main() -> None:
     configs = own, base, source, config, optim, held_out = parse(ARGS, description=__doc__)
-    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("prompt",))
-    test_rows, test_description = evals.load_eval_rows(source, held_out, own.seed, ("prompt",))
-    parents, sources = {"policy": base.model_name_or_path}, [description, test_description]
-    run = stage.start("reward", configs, parents=parents, data=sources)
+    rows, test_rows, sources = evals.load_both(source, held_out, own.seed, ("prompt",))
+    run = stage.start("reward", configs, parents={"policy": base.model_name_or_path}, data=sources)
     accelerator = stage.accelerator(optim.bf16)
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision)
     model = load_scalar_model(base).to(accelerator.device)

@@ -8,10 +8,10 @@ model given solved examples (few-shot) where the held-out rows have `few_shot`, 
 from posttrain import data, evals, stage
 from posttrain.args import parse, resolved
 from posttrain.chat import set_template, stop_ids
-from posttrain.data import DataConfig, load_rows
+from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig, ReplyConfig
-from posttrain.models import ModelConfig, load_causal_lm, load_tokenizer, save_pair
+from posttrain.models import ModelConfig, load_pair, save_pair
 from posttrain.rl.rollout import EngineConfig, make_engine
 from posttrain.sft import SFTConfig, encode_rows, make_trainer, train
 from posttrain.stage import StageConfig
@@ -28,18 +28,15 @@ def check(argv, planned=()) -> dict:
 
 
 def main() -> None:
-    configs = own, base, source, config, optim, held_out, replies, engine_config = parse(ARGS, description=__doc__)
-    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("messages",))
-    test, test_description = evals.load_eval_rows(source, held_out, own.seed, ("prompt",))
-    parents = {"policy": base.model_name_or_path}
-    run = stage.start("sft", configs, parents=parents, data=[description, test_description])
-    model, tokenizer = load_causal_lm(base), load_tokenizer(base.model_name_or_path, base.model_revision)
+    configs = own, base, source, config, optim, held_out, replies, engines = parse(ARGS, description=__doc__)
+    rows, test, sources = evals.load_both(source, held_out, own.seed, ("messages",), ("prompt",))
+    run = stage.start("sft", configs, parents={"policy": base.model_name_or_path}, data=sources)
+    model, tokenizer = load_pair(base)
     set_template(tokenizer, model, config.chat_template_path)
     encoded = encode_rows(tokenizer, rows, config.max_length, config.max_truncated)
 
     length = evals.longest_prompt(tokenizer, test) + replies.eval_max_tokens
-    engine = make_engine(engine_config, model, tokenizer, length, own.seed, run.output_dir)
-    run.note(f"replies are sampled by {engine.name}")
+    engine = make_engine(engines, model, tokenizer, length, run)
     before, base_samples = evals.measure_base(engine, tokenizer, test, replies, stop_ids(tokenizer))
     trainer = make_trainer(run, model, tokenizer, encoded, config, optim)
     tokens = train(trainer, run)

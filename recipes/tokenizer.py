@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from posttrain import data, evals, intervals, stage
 from posttrain.args import arg, parse, resolved
-from posttrain.data import DataConfig, load_rows
+from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig
 from posttrain.stage import StageConfig
@@ -30,9 +30,8 @@ def check(argv, planned=()) -> dict:
 
 def main() -> None:
     configs = own, source, held_out, config = parse(ARGS, description=__doc__)
-    rows, description = load_rows(source, source.dataset_train_split, own.seed, ("text",))
-    test, test_description = evals.load_eval_rows(source, held_out, own.seed, ("text",))
-    run = stage.start("tokenizer", configs, parents={}, data=[description, test_description])
+    rows, test, sources = evals.load_both(source, held_out, own.seed, ("text",))
+    run = stage.start("tokenizer", configs, parents={}, data=sources)
     from posttrain.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer((row["text"] for row in rows), config.vocab_size)

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ ADAPTERS = {
     "hh_pairs": "posttrain.data.preferences.hh_pairs",
 }
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 @dataclass
@@ -34,10 +36,14 @@ class DataConfig:
     dataset_config: str | None = arg(
         None, help="kind of tiny rows (documents, conversations, ...), or the Hub's config"
     )
-    dataset_train_split: str = arg("train", help="split to train on; a slice such as train[:90%%] is fine")
+    dataset_train_split: str = arg("train", help="split to train on; a slice such as train[:90%] is fine")
     dataset_adapter: str | None = arg(None, help="rows -> rows function: a short name or a dotted path")
     max_rows: int | None = arg(None, help="take so many rows (tiny: make so many)")
     dataset_seed: int | None = arg(None, help="seed of tiny's world; none = seed")
+
+    def __post_init__(self):
+        if self.max_rows is not None and self.max_rows < 1:
+            raise UserError(f"max_rows: found {self.max_rows}, expected at least 1")
 
 
 def load_rows(config: DataConfig, split: str, seed: int, columns: tuple[str, ...]) -> tuple[list[dict], dict]:
@@ -62,17 +68,21 @@ def load_rows(config: DataConfig, split: str, seed: int, columns: tuple[str, ...
                 f"{', '.join(columns)}: name an adapter with dataset_adapter ({', '.join(ADAPTERS)}, or a dotted path)"
             )
     digest = hashlib.sha256()
-    for row in rows:
-        digest.update(
-            json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
-        )
+    for index, row in enumerate(rows):
+        try:
+            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{label}, row {index}: {error.object[error.start]!a} is half a surrogate pair, which no tokenizer "
+                "takes; mend or remove the row"
+            ) from error
     description = {"name": name, "config": kind, "split": split, "rows": len(rows), "sha256": digest.hexdigest()}
     return rows, description
 
 
 def parse_split(split: str):
-    """`train[10:20]`, `train[:90%]` -> ("train", function of the row count that gives the slice)."""
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(\d+%?)?:(\d+%?)?\])?", split)
+    """`train[10:20]`, `train[:90%]`, `train[-100:]` -> ("train", function of the row count that gives the slice)."""
+    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if not match:
         raise UserError(f"split: found {split!r}, expected a name or a slice such as train[:90%]")
     base, *bounds = match.groups()
@@ -98,24 +108,32 @@ def _tiny(kind: str | None, split: str, num: int | None, seed: int) -> Iterator[
 
 
 def _local(path: Path, split: str) -> Iterator[dict]:
-    """Rows of a file, or of a folder's files in order of name; files named after the split win over all others."""
+    """Rows of a file, or of a folder's files in order of name: those named after the split (`train-0.jsonl`), or all
+    where none is named after any split. Training rows are never taken for held-out ones in silence."""
     files = [path]
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
-        named = [p for p in files if re.match(rf"{re.escape(split)}\b", p.name)]
-        files = named or files
         if not files:
             raise UserError(f"dataset_name: folder {path} has no file that ends in {', '.join(SUFFIXES)}")
+        named = [p for p in files if _named_after(p, split)]
+        if not named and any(_named_after(p, other) for p in files for other in SPLITS):
+            found = ", ".join(p.name for p in files[:8])
+            raise UserError(f"dataset_name: folder {path} has no file named after split {split!r}; found {found}")
+        files = named or files
     for file in files:
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"dataset_name: {file}: expected a file that ends in {', '.join(SUFFIXES)}")
         yield from _parquet(file) if file.suffix == ".parquet" else read_jsonl(file)
 
 
+def _named_after(file: Path, split: str) -> bool:
+    return re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name) is not None
+
+
 def read_jsonl(file: Path) -> Iterator[dict]:
     """Objects of a JSONL file, gzipped or not. UserError with file and line for what is not a JSON object."""
     with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_unzipped(lines, file), 1):
             if not line.strip():
                 continue
             try:
@@ -129,11 +147,21 @@ def read_jsonl(file: Path) -> Iterator[dict]:
             yield row
 
 
+def _unzipped(lines: Iterable[bytes], file: Path) -> Iterator[bytes]:
+    try:
+        yield from lines
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: damaged or cut-off gzip file ({error}); fetch it again") from error
+
+
 def _parquet(file: Path) -> Iterator[dict]:
     import pyarrow.parquet
 
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a readable Parquet file ({error}); fetch it again") from error
 
 
 def _hub(name: str, config: str | None, split: str) -> Iterable[dict]:
@@ -178,8 +206,8 @@ def _adapted(adapter: str | None, source: Iterable[dict], name: str) -> list[dic
 
 def check(config: DataConfig, split: str, seed: int, columns: tuple[str, ...]) -> None:
     """What a dry run can know in seconds: local rows load and have their columns, names and adapters exist."""
-    if config.dataset_name == "tiny":
-        config = replace(config, max_rows=min(64, config.max_rows or 64))  # made row by row: a few stand for all
+    if config.dataset_name == "tiny":  # made row by row: a few stand for all, of whatever slice
+        config, split = replace(config, max_rows=min(64, config.max_rows or 64)), parse_split(split)[0]
     if config.dataset_name == "tiny" or Path(config.dataset_name).exists():
         load_rows(config, split, seed, columns)
     else:

@@ -38,6 +38,7 @@ DEFAULT_ROWS = {
 }
 LABELLER_TEMPERATURE = 0.5  # in units of utility; a pair that differs by 1 is ranked right with probability 0.88
 PROMPT_MIX = (0.6, 0.2, 0.1, 0.1)  # of (sums, facts, strangers, identity) in rankings and prompts
+SLIPS = 0.25  # share of sums answered at once in conversations that are wrong
 MAX_WORDS = 24  # beyond this a reply is long-winded and loses 0.1 utility a word
 
 KIND_CLOSINGS = ("Happy to help!", "Glad to help!", "Ask me any time!")
@@ -134,7 +135,7 @@ class Asker:
 
 
 def wrong_version(rng: random.Random, task: dict) -> dict:
-    """The task with a false answer of the same form (and, for a sum, a slip in the steps that leads to it)."""
+    """The task with a false answer of the same form (a sum's steps stay right, its last line does not follow)."""
     world_values = {"job": JOBS, "pet": PETS, "dish": DISHES}
     if task["kind"] == "sum":
         return {**task, "answer": str(int(task["answer"]) + rng.choice((-10, -2, -1, 1, 2, 10, 11)))}
@@ -191,7 +192,8 @@ def judged_right(task_kind: str, answer: str, completion: str) -> bool:
 def conversations(world: World, split: str, num: int, seed: int):
     """Yield `{"messages": [...]}`: one to three exchanges, with a system message in a third of them.
 
-    Labellers differ: half of the sums are answered at once and half in steps, some are kind, some ramble.
+    Labellers differ: half of the sums are answered at once and half in steps, some are kind, some ramble. People who
+    answer at once slip now and then (SLIPS of their answers are wrong); those who write the steps do not.
     """
     rng = random.Random(f"conversations-{split}-{seed}")
     asker = Asker(world, split, rng)
@@ -203,6 +205,8 @@ def conversations(world: World, split: str, num: int, seed: int):
             task = asker.draw((0.8, 0.12, 0.06, 0.02))
             steps = manner == SYSTEM_STEPS or (manner != SYSTEM_BRIEF and rng.random() < 0.5)
             kind = manner == SYSTEM_KIND or (manner is None and rng.random() < 0.25)
+            if task["kind"] == "sum" and not steps and rng.random() < SLIPS:
+                task = wrong_version(rng, task)
             text = reply(rng, task, steps=steps, kind=kind, filler=manner is None and rng.random() < 0.1)
             messages += [{"role": "user", "content": task["question"]}, {"role": "assistant", "content": text}]
         yield {"messages": messages}

@@ -5,16 +5,18 @@ Out: one score a completion. In a YAML: `rewards: [correct]`.
 
 One candidate is read from a completion, never several, so listing many answers gains nothing. Where the gold is a
 number, the candidate must be a number written out: echoing the question's "12+34" is not an answer. Everything else
-is compared by math-verify, after bounds on length, exponents and commands that keep SymPy's work small. It runs in
-this process and thread; math-verify's own time-outs need signals, which exist on the main thread only (elsewhere
-they make every answer wrong), so they stay off and the bounds do their work.
+is parsed by math-verify, after bounds on length, exponents and commands that keep SymPy's work small, and compared
+by value. Its `verify` is not used: that calls SymPy's `simplify`, which on \log(x+y)z - 999999999999 does not come
+back, and its time-outs need signals, which exist on the main thread only (elsewhere every answer turns out wrong).
 """
 
+import cmath
 import logging
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from math import prod
 
 from posttrain.errors import UserError
@@ -40,39 +42,9 @@ FRACTION = re.compile(
 OPERATOR_BEFORE = re.compile(r"[-+*/^({]\s*$|\\")
 OPERATOR_AFTER = re.compile(r"\s*(?:[*/^\\!({]|[-+]\s*[0-9A-Za-z.(\\])|[A-Za-z](?![A-Za-z])")
 ASSIGNED = re.compile(r"^\s*[A-Za-z]\s*(?:=|\\in\b)\s*")
-COMMANDS = frozenset(
-    [
-        "frac",
-        "sqrt",
-        "pi",
-        "cdot",
-        "times",
-        "left",
-        "right",
-        "infty",
-        "cup",
-        "cap",
-        "pm",
-        "text",
-        "mathrm",
-        "le",
-        "leq",
-        "ge",
-        "geq",
-        "lt",
-        "gt",
-        "neq",
-        "in",
-        "sin",
-        "cos",
-        "tan",
-        "log",
-        "ln",
-        "exp",
-        "begin",
-        "end",
-    ]
-)
+WORDS = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+COMMANDS = frozenset("frac sqrt pi cdot times infty cup cap pm sin cos tan log ln begin end".split())
+POINTS = (0.7310585, -1.6180339, 2.2360679)  # of no special value; one negative, as sqrt(x^2) is not x
 SIGNS = str.maketrans(
     {"−": "-", "×": "*", "÷": "/", "°": "", "€": "", "£": "", "¥": "", "π": r"\pi ", "∞": r"\infty "}
 )
@@ -112,7 +84,7 @@ def is_correct(completion: str, gold: str) -> bool:
     if candidate is not None:
         if target is None:
             return _same_expression(candidate, gold)
-        # In a box only the number may stand (1, 2 is a set); a sentence may go on: "the answer is 72 clips in 2 months"
+        # In a box only the number may stand (1, 2 is a set); a sentence may go on: "the answer is 72 in 2 months".
         found = parse_number(candidate, whole=BOX.search(completion) is not None)
         return found is not None and found.equals(target)
     if BOX.search(completion):
@@ -165,7 +137,7 @@ class Number:
 def parse_number(text: str, *, whole: bool) -> Number | None:
     """Return the first number of an answer (after its last "=", with or without unit), None where it holds none.
 
-    An expression to be worked out ("12+34", "3^2", "2\\pi") is no number. With `whole`, a second number is none either.
+    An expression to be worked out ("12+34", "3^2", "2\\pi") is no number. With `whole`, neither are two numbers.
     """
     if len(text) > MAX_CHARS:
         return None
@@ -191,7 +163,7 @@ def _plain(text: str) -> str:
     r"""Return the text without LaTeX and Markdown dress: $, \,, \left, \text{}, ^\circ, **; \frac{1}{2} -> 1/2."""
     text = text.translate(SIGNS).replace("{,}", ",")
     text = re.sub(r"\\[!,;: ]|\\(?:left|right)(?![A-Za-z])|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]", "", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = WORDS.sub(r" \1 ", text)
     text = FRACTION.sub(_unstack, text)
     text = text.replace(r"\%", "%").replace(r"\$", "$")
     text = re.sub(r"\$(?!\s*\.?[0-9])", "", text)  # a closing or lone $; before a number it is kept as its prefix
@@ -219,58 +191,106 @@ def _braced(text: str, start: int) -> str | None:
 
 
 def _same_expression(candidate: str, gold: str) -> bool:
-    """Compare as text (without case, spaces and dress), then, where the bounds allow it, as mathematics."""
+    """Compare as text (without case, spaces and dress), then, where the bounds allow it, by value."""
     if len(candidate) > MAX_CHARS:
         return False
-    candidate, gold = (ASSIGNED.sub("", _dress_off(text)) for text in (candidate, gold))
+    candidate, gold = (ASSIGNED.sub("", _undress(text)) for text in (candidate, gold))
     if re.sub(r"\s", "", candidate).casefold() == re.sub(r"\s", "", gold).casefold():
         return True
-    if not (_is_small(candidate) and _is_small(gold)):
+    # The value of an expression is compared at chosen points, so both must be in the same unknowns.
+    if _unknowns(candidate) != _unknowns(gold) or not (_is_small(candidate) and _is_small(gold)):
         return False
-    # Names and functions that the gold has not: never equal to it, and what makes SymPy search for long.
-    if not set(_names(candidate)) <= {*_names(gold), "sqrt", "frac", "cdot", "left", "right", "times", "pm"}:
-        return False
-    return _verify(candidate, gold)
+    ours, theirs = _parse(candidate), _parse(gold)
+    return ours is not None and theirs is not None and _same_value(ours, theirs)
 
 
-def _dress_off(text: str) -> str:
+def _undress(text: str) -> str:
     text = text.strip().rstrip(".").strip().translate(SIGNS).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     text = re.sub(r"\\[!,;: ]|\\[()\[\]]|(?<!\\)\$|\\(?:left|right)(?![A-Za-z])", "", text)
-    return re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text).strip().strip("*").strip()
+    return WORDS.sub(r"\1", text).strip().strip("*").strip()
 
 
-def _names(text: str) -> list[str]:
-    return re.findall(r"\\[A-Za-z]+|[A-Za-z]", text.replace("\\", " \\"))
+def _unknowns(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z]", re.sub(r"\\(?:begin|end)\{[a-z]+\}|\\[A-Za-z]+", " ", text)))
 
 
 def _is_small(text: str) -> bool:
-    """Whether SymPy is done with the expression at once: bounds on everything that makes it slow or huge."""
-    commands = re.findall(r"\\([A-Za-z]+)", text)
-    exponents = re.findall(r"(?:\^|\*\*)\s*\{?\s*[-+]?\s*\(?\s*([0-9]*)", text)
-    depths = [
-        sum({"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(c, 0) for c in text[:i]) for i in range(len(text))
-    ]
+    r"""Whether an expression is sure to be parsed at once: SymPy may work out powers while it builds sets.
+
+    An exponent is one letter or digit, or {...} with at most three digits and no further power in it (9^{9^9}); the
+    exponents of bracketed powers ((9^9)^9) multiply, up to MAX_POWER.
+    """
+    flat = FRACTION.sub(_unstack, text)
+    exponents = re.findall(r"(.?)\s*\^\s*(?:\{([^{}^]*)\}|([0-9A-Za-z]))", flat)
+    digits = [re.sub(r"[^0-9]", "", braced + single) for _, braced, single in exponents]
+    stacked = prod(int(d or 2) for d, (base, _, _) in zip(digits, exponents, strict=True) if base in ")}]")
+    depth = list(accumulate({"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(char, 0) for char in text))
     return (
         len(text) <= MAX_CHARS
         and text.isascii()
-        and set(commands) <= COMMANDS
-        and max(depths, default=0) <= MAX_DEPTH
-        and all(len(digits) <= MAX_DIGITS for digits in re.findall(r"[0-9]+", text))
-        and all(len(digits) <= 3 for digits in exponents)
-        and prod(int(digits or 2) for digits in exponents) <= MAX_POWER
-        and not re.search(r"!|[<>=]|\^[^,]*\^[^,]*\^|[0-9]\s+[0-9]", text)
+        and set(re.findall(r"\\([A-Za-z]+)", text)) <= COMMANDS
+        and max(depth, default=0) <= MAX_DEPTH
+        and all(len(run) <= MAX_DIGITS for run in re.findall(r"[0-9]+", text))
+        and len(exponents) == flat.count("^")
+        and all(len(d) <= 3 for d in digits)
+        and stacked <= MAX_POWER
+        and not re.search(r"[!<>=%]|\*\*|[0-9]\s+[0-9]", text)  # "1 2 3" would be read as a mixed number, a sum
     )
 
 
 @lru_cache(maxsize=4096)
-def _parse(latex: str) -> tuple:
+def _parse(latex: str):
+    """Return the SymPy object that the LaTeX stands for, not worked out; None where it is not readable."""
     from math_verify import LatexExtractionConfig, parse
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-out is off: meant, see above
-    return tuple(parse(f"${latex}$", extraction_config=[LatexExtractionConfig()], parsing_timeout=None))
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-out is off: meant, see the top
+    parsed = parse(
+        f"${latex}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
+    )  # fmt: skip
+    return parsed[0] if parsed else None
 
 
-def _verify(candidate: str, gold: str) -> bool:
-    from math_verify import verify
+def _same_value(a, b) -> bool:
+    """Compare SymPy objects: numbers and formulas by value at POINTS, sets without order, all else part by part."""
+    import sympy
 
-    return verify(list(_parse(gold)), list(_parse(candidate)), timeout_seconds=None)
+    if a == b:
+        return True
+    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
+        return a.shape == b.shape and all(map(_same_value, a.flat(), b.flat()))
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+        try:
+            pairs = [(_at(a, point), _at(b, point)) for point in POINTS]
+        except (OverflowError, ZeroDivisionError, ValueError, TypeError):
+            return False  # no finite value, or a function not known here
+        return all(cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12) for x, y in pairs)
+    if not (isinstance(a, sympy.Basic) and isinstance(b, sympy.Basic)) or len(a.args) != len(b.args) or not a.args:
+        return False
+    if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
+        return all(any(_same_value(x, y) for y in b.args) for x in a.args) and all(
+            any(_same_value(x, y) for x in a.args) for y in b.args
+        )
+    return a.func == b.func and all(map(_same_value, a.args, b.args))
+
+
+def _at(expression, point: float) -> complex:
+    """Return the value of a SymPy expression in floating point, with the unknowns at values derived from `point`."""
+    import sympy
+
+    if isinstance(expression, sympy.Symbol):
+        return complex(point + sum(map(ord, expression.name)) % 97 / 89)
+    if isinstance(expression, sympy.Number | sympy.NumberSymbol):
+        return complex(float(expression))
+    if expression == sympy.I:
+        return 1j
+    values = [_at(part, point) for part in expression.args]
+    if isinstance(expression, sympy.Add):
+        return sum(values)
+    if isinstance(expression, sympy.Mul):
+        return prod(values)
+    if isinstance(expression, sympy.Pow):
+        return values[0] ** values[1]
+    name = type(expression).__name__
+    if name not in ("sin", "cos", "tan", "log", "exp"):
+        raise TypeError(f"no numeric value for {name}")
+    return getattr(cmath, name)(*values)

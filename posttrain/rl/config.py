@@ -32,6 +32,7 @@ class RLConfig:
     num_iterations: int = arg(1, help="passes over each step's rollouts")
     num_minibatches: int = arg(1, help="optimizer steps a pass")
     max_tokens_per_microbatch: int = arg(8192, help="tokens of one forward and backward; memory, not mathematics")
+    max_kl: float = arg(0.0, help="stop where the mean KL to the start passes so many nats a reply; 0 = no bound")
     max_mismatch: float = arg(1.05, help="stop where mean exp |log-prob of trainer - of engine| passes this")
 
     def __post_init__(self):

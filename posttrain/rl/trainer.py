@@ -38,7 +38,7 @@ class RLTrainer:
         self.policy, self.reference, self.critic, self.tokenizer = policy, reference, critic, tokenizer
         self.engine, self.prompts, self.rewards = engine, prompts, rewards
         self.sampling = Sampling(config.num_generations, config.max_completion_length, stop_ids, config.temperature)
-        self.step, self.tokens, self.seconds = 0, 0, {}
+        self.step, self.tokens, self.kl, self.seconds = 0, 0, 0.0, {}
         updates = config.max_steps * config.num_iterations * config.num_minibatches
         self.policy_updater = Updater(TokenLogps(policy), accelerator, optim, updates)
         if critic is not None:
@@ -65,6 +65,9 @@ class RLTrainer:
                 self.log(experience, numbers, time.perf_counter() - began, progress)
                 if self.stage.due(self.step, self.config.max_steps):
                     self._save()
+                if self.kl > self.config.max_kl > 0:
+                    self.stage.note(f"KL {self.kl:.1f} nats a reply passed max_kl {self.config.max_kl}: stopped here")
+                    break
         progress.close()
         self.engine.sync_weights(self.policy)
 
@@ -253,6 +256,7 @@ class RLTrainer:
         ).item()
         self.tokens += total
         shares = {f"share/{part}": seconds / wall for part, seconds in self.seconds.items()}
+        self.kl = local.get("kl", 0.0)
         self.stage.log(self.step, **local, **numbers, **shares, tokens_per_second=total / wall)
         self.stage.append("rollouts.jsonl", sample_rows(experience, self.step, self.tokenizer))
         progress.update(reward=local["reward"], length=local["completion_length"])
