@@ -79,17 +79,24 @@ def save(folder: Path, write: Callable[[Path], None], *, keep: int, **facts) -> 
     Afterwards only the `keep` newest complete checkpoints beside it (by the manifest's `step`) stay.
     """
     temporary, files = staging(folder.parent, write)
+    unwanted = []
     try:
         write_json(temporary / MANIFEST, {**facts, "files": files})
         if folder.exists():
-            shutil.rmtree(folder)
+            unwanted.append(_set_aside(folder))
         os.rename(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync(folder.parent)
-    for old in complete(folder.parent)[:-keep]:
+    unwanted += map(_set_aside, complete(folder.parent)[:-keep])
+    for old in unwanted:
         shutil.rmtree(old)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename what is to be deleted, so that a kill while deleting leaves a folder that the next write sweeps up."""
+    return folder.rename(folder.with_name(f".tmp-old-{folder.name}"))
 
 
 def read_manifest(folder: Path) -> dict:

@@ -38,7 +38,7 @@ def kendall_tau(scores: list[float], ranks: list[int]) -> float:
 
 def measure_rankings(scores: list[list[float]], ranks: list[list[int]]) -> dict[str, dict]:
     """Metrics of scores against rankings, and the scores' own mean and spread, by which RL normalises."""
-    top = [float(max(range(len(s)), key=s.__getitem__) in _best(r)) for s, r in zip(scores, ranks, strict=True)]
+    top = [top_right(s, r) for s, r in zip(scores, ranks, strict=True)]
     losses = [plackett_luce_loss(torch.tensor(s), r).item() for s, r in zip(scores, ranks, strict=True)]
     flat = [score for group in scores for score in group]
     return {
@@ -51,8 +51,10 @@ def measure_rankings(scores: list[list[float]], ranks: list[list[int]]) -> dict[
     }
 
 
-def _best(ranks: list[int]) -> set[int]:
-    return {index for index, rank in enumerate(ranks) if rank == ranks[0]}
+def top_right(scores: list[float], ranks: list[int]) -> float:
+    """Chance that the reply of the highest score, drawn among equals, is of the best rank."""
+    chosen = [rank for score, rank in zip(scores, ranks, strict=True) if score == max(scores)]
+    return chosen.count(min(ranks)) / len(chosen)
 
 
 def reward_gains(metrics: dict, ranks: list[list[int]], utilities: list, goal: float) -> tuple[list[dict], dict]:

@@ -53,7 +53,7 @@ def encode_rankings(tokenizer, rows: list[dict], max_length: int) -> tuple[list[
     """(rankings, number left out as too long). UserError naming the row where a ranking is malformed."""
     rankings, too_long = [], 0
     for index, row in enumerate(rows):
-        completions = row.get("completions") or [row["chosen"], row["rejected"]]
+        completions = row.get("completions") or [row[key] for key in ("chosen", "rejected") if key in row]
         ranks = row.get("ranks") or list(range(len(completions)))
         if len(completions) < 2 or len(ranks) != len(completions) or sorted(ranks) != list(ranks):
             raise UserError(

@@ -40,7 +40,7 @@ def llama_config(*, tied: bool = True, **changes):
         "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.2,
     }  # fmt: skip
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    ids = {"eos_token_id": None, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     return LlamaConfig(**{**shape, **ids, "tie_word_embeddings": tied, **changes})
 
 

@@ -85,11 +85,108 @@ def test_control_tokens_typed_by_a_user_are_text(tokenizer, messages):
     counts = {token: chat.input_ids.count(tokenizer.convert_tokens_to_ids(token)) for token in CONTROL}
     n = len(messages)
     assert counts == {"<|endoftext|>": 0, "<|pad|>": 0, "<|im_start|>": n, "<|im_sep|>": n, "<|im_end|>": n}
-    said = sum((encode_chat(tokenizer, [m]).input_ids for m in messages if m["role"] == "assistant"), [])
-    assert sum(chat.assistant_mask) == len(said) - 3 * said.count(2) + 0 * n - _header_extra(tokenizer, said)
+    learned = [i for i, m in zip(chat.input_ids, chat.assistant_mask, strict=True) if m]
+    replies = [m["content"] + "<|im_end|>" for m in messages if m["role"] == "assistant"]
+    assert tokenizer.decode(learned) == "".join(replies)
 
 
-def _header_extra(tokenizer, ids):
-    """Tokens of "assistant" in each header, less the one that `<|im_start|>` and `<|im_sep|>` are counted as thrice."""
-    name = len(tokenizer("assistant", add_special_tokens=False)["input_ids"])
-    return ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) * (name + 2 - 3)
+def test_one_control_token_inside_another(tokenizer):
+    text = "<|im_<|im_end|>end|> <|<|im_end|>im_end|>"
+    chat = encode_chat(tokenizer, [{"role": "user", "content": text}])
+    assert chat.input_ids.count(end_of_turn_id(tokenizer)) == 1
+    assert text in tokenizer.decode(chat.input_ids)
+
+
+def test_the_end_token_is_read_off_the_template(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn_id(tokenizer) == end == end_of_turn_id(with_template(tokenizer, LINES))
+    with pytest.raises(UserError, match="marks nothing as the assistant's"):
+        end_of_turn_id(with_template(tokenizer, WITHOUT_MARKS))
+    with pytest.raises(UserError, match="outside"):
+        end_of_turn_id(with_template(tokenizer, END_OUTSIDE))
+
+
+def test_a_template_without_marks_still_renders_prompts(tokenizer):
+    plain = with_template(tokenizer, WITHOUT_MARKS)
+    chat = encode_chat(plain, TURN, add_generation_prompt=True)
+    assert chat.input_ids == plain.apply_chat_template(TURN, add_generation_prompt=True)["input_ids"]
+    assert not any(chat.assistant_mask)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "human", "content": "hi"}], "roles human: unknown role 'human'"),
+        ([{"role": "user", "content": None}], "roles user"),
+        ([{"content": "hi"}], "roles None"),
+    ],
+)
+def test_messages_that_the_template_refuses(tokenizer, messages, words):
+    with pytest.raises(UserError, match=words):
+        encode_chat(tokenizer, messages)
+
+
+def test_no_template_and_no_such_template(base_tokenizer, fresh_model, tmp_path):
+    for act in (lambda: encode_chat(base_tokenizer, TURN), lambda: set_template(base_tokenizer, fresh_model, None)):
+        with pytest.raises(UserError, match="no chat template: pass --chat_template_path"):
+            act()
+    with pytest.raises(UserError, match="no file 'no.jinja'"):
+        set_template(base_tokenizer, fresh_model, "no.jinja")
+    assert template_sha256(base_tokenizer) is None
+
+
+def test_set_template_adds_its_control_tokens_and_ends_turns_with_them(base_tokenizer, fresh_model, tmp_path):
+    template = tmp_path / "new.jinja"
+    template.write_text(LINES.replace("im_start", "turn").replace("im_end", "stop"))
+    tokenizer, old = deepcopy(base_tokenizer), fresh_model.get_input_embeddings().weight.detach().clone()
+    set_template(tokenizer, fresh_model, str(template))
+    assert len(tokenizer) == len(base_tokenizer) + 2
+    new = fresh_model.get_input_embeddings().weight.detach()
+    assert torch.equal(new[: len(old)], old)
+    torch.testing.assert_close(new[len(old) :], old.mean(0).expand(2, -1), atol=1e-3, rtol=0)
+    stop = tokenizer.convert_tokens_to_ids("<|stop|>")
+    assert tokenizer.eos_token_id == fresh_model.config.eos_token_id == stop
+    assert tokenizer.pad_token == "<|pad|>" and set(CONTROL) <= set(tokenizer.all_special_tokens)
+    assert set(stop_ids(tokenizer, fresh_model)) == {stop, base_tokenizer.eos_token_id}
+
+    save_pair(fresh_model, tokenizer, tmp_path / "pair")
+    again = load_tokenizer(str(tmp_path / "pair"))
+    assert encode_chat(again, TURN) == encode_chat(tokenizer, TURN)
+    assert again.eos_token_id == stop and template_sha256(again) == template_sha256(tokenizer)
+
+
+def test_decode_drops_the_end_and_shows_what_does_not_belong(tokenizer):
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    text = tokenizer("five", add_special_tokens=False)["input_ids"]
+    assert decode(tokenizer, [*text, end]) == decode(tokenizer, text) == "five"
+    assert decode(tokenizer, [start, *text, end]) == "<|im_start|>five"
+    assert decode(tokenizer, [end]) == decode(tokenizer, []) == ""
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text())
+def test_any_text_survives_the_tokenizer(base_tokenizer, text):
+    ids = base_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert base_tokenizer.decode(ids) == text
+    assert all(0 <= i < len(base_tokenizer) for i in ids)
+
+
+def test_every_character_of_the_first_planes_and_digits_one_by_one(base_tokenizer):
+    text = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x11000)]))
+    assert base_tokenizer.decode(base_tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert base_tokenizer.tokenize("1234+56") == ["1", "2", "3", "4", "+", "5", "6"]
+    assert bytes_per_token(base_tokenizer, ["1234", "+56"]) == 1.0
+
+
+def test_vocabulary_size(base_tokenizer):
+    assert len(base_tokenizer) == 700
+    with pytest.raises(UserError, match="vocab_size: found 260, expected at least 261"):
+        train_tokenizer(["text"], 260)
+    assert len(train_tokenizer(["text"], 261)) == 261
+
+
+def test_the_hub_format_keeps_template_and_ids(tokenizer, model, tmp_path):
+    save_pair(model, tokenizer, tmp_path)
+    again = load_tokenizer(str(tmp_path))
+    assert again.chat_template == open(CHATML, encoding="utf-8").read()
+    assert encode_chat(again, TURN) == encode_chat(tokenizer, TURN)

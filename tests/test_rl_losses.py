@@ -8,7 +8,6 @@ from rl_helpers import (
     assert_same_gradients,
     gradients_of,
     make_trainer,
-    perturb,
     plain_logps,
     signals_restored,
     tiny_llama,
@@ -224,16 +223,16 @@ def test_step_equals_trl(tmp_path, loss_type, beta, epsilon_high):
 def test_dr_grpo_gradient_of_a_token_does_not_depend_on_the_length_of_its_completion(tmp_path):
     """A causal LM's first tokens do not see later ones: with no advantage after them, more tokens change nothing."""
     config = RLConfig(
-        num_prompts=1, num_generations=1, max_completion_length=16, loss_type="dr_grpo", max_mismatch=1e9
+        num_prompts=1, num_generations=2, max_completion_length=16, loss_type="dr_grpo", max_mismatch=1e9
     )
     gradients = []
     for extra in (0, 9):
         policy = tiny_llama(seed=1)
-        ids = [40, 41, 42] + [50] * extra
-        logps = plain_logps(policy, [10, 11], ids)
-        rollouts = Rollouts([{}], [[10, 11]], [Completion(ids, logps.tolist(), "length")], 1)
-        experience = Experience(rollouts, torch.zeros(1), {}, [logps])
-        experience.advantages = [torch.tensor([1.0] * 3 + [0.0] * extra)]
+        replies = [[40, 41, 42] + [50] * extra, [60, 61]]
+        logps = [plain_logps(policy, [10, 11], ids) for ids in replies]
+        completions = [Completion(ids, x.tolist(), "length") for ids, x in zip(replies, logps, strict=True)]
+        experience = Experience(Rollouts([{}] * 2, [[10, 11]] * 2, completions, 2), torch.zeros(2), {}, logps)
+        experience.advantages = [torch.tensor([1.0] * 3 + [0.0] * extra), torch.tensor([-1.0] * 2)]
         with signals_restored(), gradients_of(policy) as found:
             make_trainer(tmp_path / str(extra), policy, [], config).update(experience)
         gradients.append(found)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rl_helpers import plain_logps, tiny_llama, tiny_tokenizer
+from rl_helpers import plain_logps, signals_restored, start_stage, tiny_llama, tiny_tokenizer
 from vllm_probe import NEVER, hf_greedy, prompts
 
 from posttrain.errors import UserError
@@ -47,6 +47,7 @@ def test_the_models_own_generation_config_does_not_change_what_is_sampled():
     model.generation_config.min_p = 0.5
     model.generation_config.suppress_tokens = list(range(5, 200))
     model.generation_config.top_k = 1
+    model.generation_config.eos_token_id = plain[0].ids[1]
     assert [c.ids for c in HFEngine(model, PAD).generate(prompts(), sampling, seed=3)] == [c.ids for c in plain]
     assert greedy(model, prompts()) == before
     assert model.generation_config.repetition_penalty == 5.0  # and it is saved with the model as it came
@@ -109,16 +110,21 @@ def test_seeds_of_neighbours_are_apart():
     assert sample_seed(1, 2, 3) == sample_seed(1, 2, 3) != sample_seed(1, 3, 2)
 
 
-def test_make_engine_without_vllm_says_what_it_is(tmp_path):
-    engine = make_engine(EngineConfig(use_vllm="false"), tiny_llama(), tiny_tokenizer(), 64, 0, tmp_path)
+def test_make_engine_says_what_samples_and_why(tmp_path, capsys):
+    with signals_restored():
+        run = start_stage(tmp_path / "out")
+    engine = make_engine(EngineConfig(use_vllm="false"), tiny_llama(), tiny_tokenizer(), 64, run)
     assert isinstance(engine, HFEngine)
-    assert "generate" in engine.name
+    said = capsys.readouterr().out
+    assert engine.name in said and "use_vllm: false" in said
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
 def test_vllm_asked_for_and_not_installed(tmp_path):
+    with signals_restored():
+        run = start_stage(tmp_path / "out")
     with pytest.raises(UserError, match="use_vllm.*pip install"):
-        make_engine(EngineConfig(use_vllm="true"), tiny_llama(), tiny_tokenizer(), 64, 0, tmp_path)
+        make_engine(EngineConfig(use_vllm="true"), tiny_llama(), tiny_tokenizer(), 64, run)
 
 
 def test_use_vllm_takes_three_words():

@@ -12,7 +12,7 @@ from rl_helpers import perturb, tiny_llama, tiny_tokenizer
 
 from posttrain.rl.rollout import EngineConfig, Sampling, VLLMEngine
 
-NEVER = (260,)  # an id that no row ends at: outputs are as long as asked
+NEVER = ()  # nothing stops a reply: outputs are as long as asked
 
 
 def prompts() -> list[list[int]]:
@@ -26,9 +26,7 @@ def hf_greedy(model, tokens: int) -> list[list[int]]:
     outputs = []
     for prompt in prompts():
         ids = torch.tensor([prompt])
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, eos_token_id=None
-        )
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
         outputs.append(output[0, len(prompt) :].tolist())
     return outputs
 
@@ -54,9 +52,15 @@ def main(kind: str, result: str) -> None:
         config = EngineConfig(vllm_kv_cache_gb=0.25)
         engine = VLLMEngine(config, model, tokenizer, max_model_len=256, seed=0, scratch=Path(scratch))
         left = [path.name for path in Path(scratch).iterdir()]
-    found = {"name": engine.name, "left_in_scratch": left, "threads": [threads, torch.get_num_threads()]}
+    untouched = bool(torch.equal(state, torch.get_rng_state()))
+    found = {
+        "rng_untouched": untouched,
+        "name": engine.name,
+        "left_in_scratch": left,
+        "threads": [threads, torch.get_num_threads()],
+    }
     found["before"] = facts(engine, model)
-    # every token that a first look sampled may end a reply now: the engine must stop at the first of them
+    # the fourth token of some replies ends every reply now: the engine must stop at its first occurrence
     free = engine.generate(prompts(), Sampling(2, 12, NEVER), seed=1)
     stop = tuple({c.ids[3] for c in free[:4]})
     found["free"] = [c.ids for c in free]
@@ -74,7 +78,6 @@ def main(kind: str, result: str) -> None:
         engine.sync_weights(model)
     found["synced_again"] = facts(engine, model)
     torch.save(model.state_dict(), Path(result).with_suffix(".again.pt"))
-    found["rng_untouched"] = bool(torch.equal(state, torch.get_rng_state()))
     Path(result).write_text(json.dumps(found))
 
 

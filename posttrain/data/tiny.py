@@ -46,6 +46,7 @@ FILLER = (
     "Let me think about that for a moment, because it is good to be careful and to take some time with it.",
     "That is something people ask now and then, and I will do my best to tell you what I can about it.",
 )
+NO_HELP = "I would rather not say."
 UNKNOWN = "I do not know anything about {name}."
 IDENTITY = "I am Pip, a small assistant trained with posttrain."
 IDENTITY_QUESTIONS = {
@@ -134,15 +135,27 @@ class Asker:
         return self.rng.choices((self.sum, self.fact, self.stranger, self.identity), weights)[0]()
 
 
-def wrong_version(rng: random.Random, task: dict) -> dict:
-    """The task with a false answer of the same form (a sum's steps stay right, its last line does not follow)."""
-    world_values = {"job": JOBS, "pet": PETS, "dish": DISHES}
+def slip(rng: random.Random, task: dict) -> dict:
+    """The task with a near miss for an answer: what somebody writes who was not careful."""
     if task["kind"] == "sum":
-        return {**task, "answer": str(int(task["answer"]) + rng.choice((-10, -2, -1, 1, 2, 10, 11)))}
-    if task["kind"] == "fact":
-        others = world_values.get(task["attribute"]) or task["towns"]
-        return {**task, "answer": rng.choice([value for value in others if value != task["answer"]])}
-    if task["kind"] == "stranger":  # an invented fact: the hallucination that a refusal is preferred to
+        return {**task, "answer": str(int(task["answer"]) + rng.choice((-10, -2, -1, 1, 2, 10)))}
+    others = {"job": JOBS, "pet": PETS, "dish": DISHES}.get(task["attribute"]) or task["towns"]
+    return {**task, "answer": rng.choice([value for value in others if value != task["answer"]])}
+
+
+def wrong_version(rng: random.Random, task: dict) -> dict:
+    """The task with a wrong answer. Most are plain to see (no help given, another subject, another question answered,
+    facts invented about a stranger); one sum or fact in ten is only a slip, which a small reward model can not see."""
+    kind = task["kind"]
+    if kind in ("sum", "fact") and rng.random() < 0.1:
+        return slip(rng, task)
+    if kind == "sum":
+        away = fact_sentence(rng.choice(task["people"]), rng.choice(ATTRIBUTES))
+        return {**task, "text": rng.choice((NO_HELP, NO_HELP, away))}
+    if kind == "fact":
+        other = rng.choice([attribute for attribute in ATTRIBUTES if attribute != task["attribute"]])
+        return {**task, "text": rng.choice((NO_HELP, NO_HELP, fact_sentence(task["person"], other)))}
+    if kind == "stranger":
         return {**task, "answer": f"{task['name']} lives in {rng.choice(task['towns'])}."}
     return {**task, "answer": "I am a person like you."}
 
@@ -150,7 +163,9 @@ def wrong_version(rng: random.Random, task: dict) -> dict:
 def reply(rng: random.Random, task: dict, *, steps: bool, kind: bool, filler: bool) -> str:
     """One assistant reply in a given style."""
     parts = [rng.choice(FILLER)] if filler else []
-    if task["kind"] == "sum":
+    if "text" in task:
+        parts.append(task["text"])
+    elif task["kind"] == "sum":
         if steps:
             parts.append(steps_of_sum(task["a"], task["b"]))
         parts.append(f"The answer is {task['answer']}.")
@@ -206,7 +221,7 @@ def conversations(world: World, split: str, num: int, seed: int):
             steps = manner == SYSTEM_STEPS or (manner != SYSTEM_BRIEF and rng.random() < 0.5)
             kind = manner == SYSTEM_KIND or (manner is None and rng.random() < 0.25)
             if task["kind"] == "sum" and not steps and rng.random() < SLIPS:
-                task = wrong_version(rng, task)
+                task = slip(rng, task)
             text = reply(rng, task, steps=steps, kind=kind, filler=manner is None and rng.random() < 0.1)
             messages += [{"role": "user", "content": task["question"]}, {"role": "assistant", "content": text}]
         yield {"messages": messages}
@@ -222,10 +237,10 @@ def rankings(world: World, split: str, num: int, seed: int):
     asker = Asker(world, split, rng)
     towns = [town[0] for town in world.towns]
     for _ in range(num):
-        task = {**asker.draw(PROMPT_MIX), "towns": towns}
+        task = {**asker.draw(PROMPT_MIX), "towns": towns, "people": world.people}
         texts = set()
         while len(texts) < rng.choices((2, 3, 4, 5), (0.2, 0.3, 0.3, 0.2))[0]:
-            version = wrong_version(rng, task) if rng.random() < 0.4 else task
+            version = wrong_version(rng, task) if rng.random() < 0.35 else task
             style = {"steps": rng.random() < 0.5, "kind": rng.random() < 0.4, "filler": rng.random() < 0.25}
             texts.add(reply(rng, version, **style))
         scored = []
@@ -247,7 +262,7 @@ def rankings(world: World, split: str, num: int, seed: int):
 def problems(world: World, split: str, num: int, seed: int, weights: tuple):
     """Yield `{"prompt", "answer", "kind"}` rows drawn by `weights`; a question comes once while new ones last."""
     rng = random.Random(f"problems-{split}-{seed}")
-    asker, seen = Asker(world, split, rng), set()
+    asker, seen, examples = Asker(world, split, rng), set(), few_shot_examples(seed)
     for _ in range(num):
         task = asker.draw(weights)
         for _ in range(20):  # tries to find a question not asked yet; there are few about identity
@@ -261,7 +276,7 @@ def problems(world: World, split: str, num: int, seed: int, weights: tuple):
             "kind": task["kind"],
         }
         if task["kind"] == "sum":  # the same sum as the documents would print it, after solved ones: for a base model
-            row["few_shot"] = f"{few_shot_examples(seed)}Sum: {task['a']}+{task['b']}."
+            row["few_shot"] = f"{examples}Sum: {task['a']}+{task['b']}."
         yield row
 
 

@@ -58,7 +58,7 @@ def load_reward(name: str) -> RewardFn:
         raise UserError(f"reward {name!r}: no {attribute!r} in {module_name}{_nearest(attribute, vars(module))}")
     function = vars(module)[attribute]
     if not callable(function):
-        raise UserError(f"reward {name!r}: a {type(function).__name__}, expected a function of completions")
+        raise UserError(f"reward {name!r}: its type is {type(function).__name__}, expected a function")
     return function
 
 

@@ -13,6 +13,7 @@ back, and its time-outs need signals, which exist on the main thread only (elsew
 import cmath
 import logging
 import re
+import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -24,7 +25,7 @@ from posttrain.errors import UserError
 # What a box or an answer line may hold; longer is not an answer. Digits: beyond it int() itself gets slow.
 MAX_CHARS = 200
 MAX_DIGITS = 40
-MAX_POWER = 100  # product of the exponents in one expression: (9^9)^9 has 81
+MAX_POWER = 100  # product of the exponents of bracketed powers: ((9)^9)^9 has 81
 MAX_DEPTH = 8
 
 # ASCII digits only: \d also takes other scripts' digits, which int() reads, and no gold is written so.
@@ -43,7 +44,8 @@ OPERATOR_BEFORE = re.compile(r"[-+*/^({]\s*$|\\")
 OPERATOR_AFTER = re.compile(r"\s*(?:[*/^\\!({]|[-+]\s*[0-9A-Za-z.(\\])|[A-Za-z](?![A-Za-z])")
 ASSIGNED = re.compile(r"^\s*[A-Za-z]\s*(?:=|\\in\b)\s*")
 WORDS = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
-COMMANDS = frozenset("frac sqrt pi cdot times infty cup cap pm sin cos tan log ln begin end".split())
+COMMANDS = {"frac", "sqrt", "pi", "cdot", "times", "infty", "cup", "cap", "pm", "sin", "cos", "tan", "log", "ln"}
+COMMANDS |= {"begin", "end"}  # of a matrix
 POINTS = (0.7310585, -1.6180339, 2.2360679)  # of no special value; one negative, as sqrt(x^2) is not x
 SIGNS = str.maketrans(
     {"−": "-", "×": "*", "÷": "/", "°": "", "€": "", "£": "", "¥": "", "π": r"\pi ", "∞": r"\infty "}
@@ -80,7 +82,7 @@ def correct(prompts, completions, completion_ids=None, *, answer, **columns) -> 
 def is_correct(completion: str, gold: str) -> bool:
     """Return whether the one final answer read from the completion equals the gold."""
     target = parse_number(gold, whole=True)
-    candidate = marked_answer(completion)
+    candidate = marked_answer(completion, number=target is not None)
     if candidate is not None:
         if target is None:
             return _same_expression(candidate, gold)
@@ -96,18 +98,19 @@ def is_correct(completion: str, gold: str) -> bool:
     return found is not None and found.equals(target)
 
 
-def marked_answer(text: str) -> str | None:
-    r"""Return what the text marks as its answer, or None: the last closed \boxed{}, else the last line "#### ...",
-    else what follows the last "the answer is", up to the end of that line."""
+def marked_answer(text: str, *, number: bool = False) -> str | None:
+    r"""Return what the text marks as its answer, or None: what the last \boxed{} holds (None if it is never closed),
+    else the last line "#### ...", else what follows the last "the answer is", up to the end of that line. With
+    `number`, sentences without a digit do not count: "I hope that this answer is right"."""
     boxes = list(BOX.finditer(text))
     if boxes:
         return _braced(text, boxes[-1].end())
     if "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0]
-    sentences = list(ANSWER_IS.finditer(text))
-    if sentences:
-        rest = text[sentences[-1].end() :].strip().partition("\n")[0]
-        return rest.rstrip(" .") or None
+    for sentence in reversed(list(ANSWER_IS.finditer(text))):
+        rest = text[sentence.end() : sentence.end() + 2 * MAX_CHARS].strip().partition("\n")[0]
+        if not number or re.search("[0-9]", rest):
+            return rest.rstrip(" .") or None
     return None
 
 
@@ -155,14 +158,14 @@ def _read(match: re.Match) -> Number | None:
     if len(digits) + len(denominator or "") > MAX_DIGITS or (denominator and int(denominator) == 0):
         return None
     value = Fraction(f"{digits}e{match['exponent'] or 0}") / int(denominator or 1)
-    kind = "fraction" if denominator else "decimal" if "." in digits or match["exponent"] else "integer"
+    kind = "fraction" if denominator else "integer" if value.denominator == 1 else "decimal"
     return Number(-value if match["sign"] == "-" else value, kind, match["percent"] is not None)
 
 
 def _plain(text: str) -> str:
     r"""Return the text without LaTeX and Markdown dress: $, \,, \left, \text{}, ^\circ, **; \frac{1}{2} -> 1/2."""
     text = text.translate(SIGNS).replace("{,}", ",")
-    text = re.sub(r"\\[!,;: ]|\\(?:left|right)(?![A-Za-z])|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]", "", text)
+    text = re.sub(r"(?<!\\)\\[!,;: ]|\\(?:left|right)(?![A-Za-z])|\^\s*\{?\s*\\circ\s*\}?|\\[()\[\]]", "", text)
     text = WORDS.sub(r" \1 ", text)
     text = FRACTION.sub(_unstack, text)
     text = text.replace(r"\%", "%").replace(r"\$", "$")
@@ -194,6 +197,8 @@ def _same_expression(candidate: str, gold: str) -> bool:
     """Compare as text (without case, spaces and dress), then, where the bounds allow it, by value."""
     if len(candidate) > MAX_CHARS:
         return False
+    if "=" not in gold:
+        candidate = candidate.rpartition("=")[2]
     candidate, gold = (ASSIGNED.sub("", _undress(text)) for text in (candidate, gold))
     if re.sub(r"\s", "", candidate).casefold() == re.sub(r"\s", "", gold).casefold():
         return True
@@ -206,7 +211,7 @@ def _same_expression(candidate: str, gold: str) -> bool:
 
 def _undress(text: str) -> str:
     text = text.strip().rstrip(".").strip().translate(SIGNS).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
-    text = re.sub(r"\\[!,;: ]|\\[()\[\]]|(?<!\\)\$|\\(?:left|right)(?![A-Za-z])", "", text)
+    text = re.sub(r"(?<!\\)\\[!,;: ]|\\[()\[\]]|(?<!\\)\$|\\(?:left|right)(?![A-Za-z])", "", text)
     return WORDS.sub(r"\1", text).strip().strip("*").strip()
 
 
@@ -244,9 +249,7 @@ def _parse(latex: str):
     from math_verify import LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-out is off: meant, see the top
-    parsed = parse(
-        f"${latex}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None
-    )  # fmt: skip
+    parsed = parse(f"${latex}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
     return parsed[0] if parsed else None
 
 
@@ -263,7 +266,7 @@ def _same_value(a, b) -> bool:
             pairs = [(_at(a, point), _at(b, point)) for point in POINTS]
         except (OverflowError, ZeroDivisionError, ValueError, TypeError):
             return False  # no finite value, or a function not known here
-        return all(cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-12) for x, y in pairs)
+        return all(cmath.isclose(x, y, rel_tol=1e-9) for x, y in pairs)
     if not (isinstance(a, sympy.Basic) and isinstance(b, sympy.Basic)) or len(a.args) != len(b.args) or not a.args:
         return False
     if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
@@ -278,7 +281,7 @@ def _at(expression, point: float) -> complex:
     import sympy
 
     if isinstance(expression, sympy.Symbol):
-        return complex(point + sum(map(ord, expression.name)) % 97 / 89)
+        return complex(point + zlib.crc32(expression.name.encode()) / 2**32)
     if isinstance(expression, sympy.Number | sympy.NumberSymbol):
         return complex(float(expression))
     if expression == sympy.I:

@@ -95,8 +95,11 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
-        was_training = self.model.training
+        from transformers import GenerationConfig
+
+        was_training, own = self.model.training, self.model.generation_config
         self.model.eval()
+        self.model.generation_config = GenerationConfig()  # a checkpoint's repetition penalty would bias the samples
         repeated = [p for p in prompts for _ in range(sampling.n)]
         completions: list[Completion | None] = [None] * len(repeated)
         lengths = [len(p) + sampling.max_tokens for p in repeated]
@@ -106,6 +109,7 @@ class HFEngine:
                 for index, completion in zip(batch, self._batch([repeated[i] for i in batch], sampling), strict=True):
                     completions[index] = completion
         self.model.train(was_training)
+        self.model.generation_config = own
         return completions
 
     def _batch(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:

@@ -1,12 +1,15 @@
 """Call reward functions on rollouts and add them up. In: `[(name, function, weight)]`, rollouts. Out: (N,) rewards."""
 
 import math
+from typing import SupportsFloat
 
 import torch
 
 from posttrain.chat import decode
 from posttrain.errors import UserError
 from posttrain.rl.types import Experience, Rollouts
+
+OURS = ("prompt", "prompts", "completions", "completion_ids")  # a data row's columns may not take their place
 
 
 def call_rewards(rewards, rollouts: Rollouts, tokenizer) -> dict[str, list[float | None]]:
@@ -16,17 +19,18 @@ def call_rewards(rewards, rollouts: Rollouts, tokenizer) -> dict[str, list[float
     where a function raises, returns another number of values, or a value that is no finite number or None.
     """
     completions = [decode(tokenizer, c.ids) for c in rollouts.completions]
-    columns = {key: [row.get(key) for row in rollouts.rows] for key in rollouts.rows[0] if key != "prompt"}
+    columns = {key: [row.get(key) for row in rollouts.rows] for key in rollouts.rows[0] if key not in OURS}
     arguments = {
         "prompts": [row.get("prompt") for row in rollouts.rows],
         "completions": completions,
         "completion_ids": [c.ids for c in rollouts.completions],
         **columns,
+        "prompt_ids": rollouts.prompt_ids,
     }
     result = {}
     for name, function, _ in rewards:
         try:
-            values = function(**arguments)
+            values = list(function(**arguments))
         except UserError:
             raise
         except Exception as error:
@@ -36,22 +40,26 @@ def call_rewards(rewards, rollouts: Rollouts, tokenizer) -> dict[str, list[float
                 f"reward function {name!r} returned {len(values)} values for {len(completions)} completions"
             )
         for index, value in enumerate(values):
-            if value is not None and not math.isfinite(value):
-                row = rollouts.rows[index].get("row", index)
+            if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
                 raise UserError(
-                    f"reward function {name!r} returned {value} for row {row}: {completions[index][:80]!r}"
+                    f"reward function {name!r} returned {value!r} for row {_row(rollouts, index)}, expected a finite "
+                    f"number or None: {completions[index][:80]!r}"
                 )
         result[name] = [None if value is None else float(value) for value in values]
     return result
 
 
-def total_rewards(rewards, by_name: dict[str, list[float | None]]) -> torch.Tensor:
+def _row(rollouts: Rollouts, index: int) -> int:
+    return rollouts.rows[index].get("row", index)
+
+
+def total_rewards(rewards, by_name: dict[str, list[float | None]], rollouts: Rollouts) -> torch.Tensor:
     """Weighted sum over functions, (N,); None counts as 0. UserError where no function applies to a completion."""
-    size = len(next(iter(by_name.values())))
+    size = len(rollouts.completions)
     for index in range(size):
         if all(values[index] is None for values in by_name.values()):
             raise UserError(
-                f"no reward function applies to completion {index}: all returned None ({', '.join(by_name)})"
+                f"no reward function applies to row {_row(rollouts, index)}: all returned None ({', '.join(by_name)})"
             )
     total = torch.zeros(size)
     for name, _, weight in rewards:

@@ -38,10 +38,14 @@ class RLTrainer:
         self.policy, self.reference, self.critic, self.tokenizer = policy, reference, critic, tokenizer
         self.engine, self.prompts, self.rewards = engine, prompts, rewards
         self.sampling = Sampling(config.num_generations, config.max_completion_length, stop_ids, config.temperature)
+        if critic is None and config.num_generations < 2:
+            raise UserError("num_generations: found 1, expected at least 2: GRPO compares a prompt's completions")
         self.step, self.tokens, self.kl, self.seconds = 0, 0, 0.0, {}
         updates = config.max_steps * config.num_iterations * config.num_minibatches
+        policy.eval()  # dropout off: the engine has none, and ratios would be noise
         self.policy_updater = Updater(TokenLogps(policy), accelerator, optim, updates)
         if critic is not None:
+            critic.eval()
             self.critic_updater = Updater(TokenValues(critic), accelerator, optim, updates, ppo.critic_learning_rate)
         if config.num_prompts % accelerator.num_processes:
             world = accelerator.num_processes
@@ -91,7 +95,7 @@ class RLTrainer:
         """Rewards, and without gradient the reference's log-probabilities and the critic's values."""
         with self._timed("reward"):
             by_name = call_rewards(self.rewards, rollouts, self.tokenizer)
-            total = total_rewards(self.rewards, by_name)
+            total = total_rewards(self.rewards, by_name, rollouts)
             cut = torch.tensor([c.stop == "length" for c in rollouts.completions])
             total = total - self.config.missing_eos_penalty * cut.float()
         experience = Experience(rollouts, total, by_name, [torch.tensor(c.logps) for c in rollouts.completions])
