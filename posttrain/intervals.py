@@ -15,6 +15,8 @@ def measured(values: list[float], unit: str = "") -> dict:
     else:
         spread = math.fsum((v - mean) ** 2 for v in values) / max(1, n - 1)
         low, high = mean - 1.96 * math.sqrt(spread / n), mean + 1.96 * math.sqrt(spread / n)
+    if unit == "%":  # a share
+        low, high = max(0.0, low), min(1.0, high)
     return {"value": mean, "low": low, "high": high, "n": n, "unit": unit}
 
 

@@ -69,6 +69,8 @@ def encode_rows(tokenizer, rows: list[dict], max_length: int, max_truncated: flo
             f"{cut} of {len(rows)} conversations are longer than max_length {max_length} and would lose their end; "
             f"raise max_length, shorten the rows, or allow it with max_truncated (now {max_truncated})"
         )
+    if not encoded:
+        raise UserError(f"no reply begins within max_length {max_length} tokens of its conversation: raise max_length")
     return encoded
 
 
@@ -202,8 +204,12 @@ def _move(source: str, folder) -> None:
 def train(trainer, stage) -> int:
     """Train (or go on from the stage's checkpoint); returns the tokens of all forwards."""
     resume = str(stage.resume_folder) if stage.resume_folder is not None else None
-    with stage.running():
-        trainer.train(resume_from_checkpoint=resume)
+    try:
+        with stage.running():
+            trainer.train(resume_from_checkpoint=resume)
+    finally:
+        if stage.main:  # a full disk leaves half of what the Trainer writes in place
+            shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     a = trainer.args
     return (
         trainer.state.global_step

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported: threads that spin for each other make these small models many times slower on busy cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).parent.parent
 CHATML = str(REPOSITORY / "chat_templates" / "chatml.jinja")
 

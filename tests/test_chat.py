@@ -4,6 +4,7 @@ Run: pytest tests/test_chat.py
 """
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,7 +75,9 @@ def test_supervised_tokens_run_from_the_first_of_the_content_to_the_end_token(ba
     assert chat.input_ids[: len(prompt.input_ids)] == prompt.input_ids  # training sees what sampling will
 
 
-pieces = st.lists(st.sampled_from((*CONTROL, "<|", "im_end|>", " a", "é🙂", "\n", "\U000f0000")), max_size=8).map("".join)
+pieces = st.lists(st.sampled_from((*CONTROL, "<|", "im_end|>", " a", "é🙂", "\n", "\U000f0000")), max_size=8).map(
+    "".join
+)
 
 
 @settings(max_examples=100, deadline=None)
@@ -188,5 +191,5 @@ def test_vocabulary_size(base_tokenizer):
 def test_the_hub_format_keeps_template_and_ids(tokenizer, model, tmp_path):
     save_pair(model, tokenizer, tmp_path)
     again = load_tokenizer(str(tmp_path))
-    assert again.chat_template == open(CHATML, encoding="utf-8").read()
+    assert again.chat_template == Path(CHATML).read_text(encoding="utf-8")
     assert encode_chat(again, TURN) == encode_chat(tokenizer, TURN)

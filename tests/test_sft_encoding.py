@@ -80,12 +80,14 @@ def test_too_many_cut_rows(tokenizer):
     lengths = sorted(len(tokenizer.apply_chat_template(row["messages"])["input_ids"]) for row in ROWS)
     limit = lengths[35]
     cut = sum(n > limit for n in lengths)
-    with pytest.raises(UserError, match=f"{cut} of 40 conversations are longer than max_length {limit}.*max_truncated"):
+    with pytest.raises(
+        UserError, match=f"{cut} of 40 conversations are longer than max_length {limit}.*max_truncated"
+    ):
         encode_rows(tokenizer, ROWS, limit, (cut - 1) / 40)
     encoded = encode_rows(tokenizer, ROWS, limit, cut / 40)
     assert max(len(e["input_ids"]) for e in encoded) == limit
-    nothing_left = encode_rows(tokenizer, ROWS, 5, 1.0)
-    assert nothing_left == []  # five tokens hold no reply
+    with pytest.raises(UserError, match="no reply begins within max_length 5"):
+        encode_rows(tokenizer, ROWS, 5, 1.0)
 
 
 def test_packed_rows(tokenizer):
@@ -177,7 +179,7 @@ def test_sft_stopped_by_sigterm_ends_in_the_same_weights(tokenizer, tmp_path):
     sft(tmp_path / "straight", tokenizer, straight, encoded)
     with pytest.raises(SystemExit) as left:
         sft(tmp_path / "stopped", tokenizer, stopped, encoded, stop_at=2)
-    assert left.value.code == 143
+    assert left.value.code == 143 and len(list((tmp_path / "stopped" / "checkpoints").iterdir())) == 1
     sft(tmp_path / "stopped", tokenizer, resumed, encoded)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     assert not torch.equal(straight.lm_head.weight, stopped.lm_head.weight)

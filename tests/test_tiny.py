@@ -38,7 +38,9 @@ def said(row):
 
 
 def questions(made, split):
-    return [q for kind in ("conversations", "rankings", "problems", "prompts") for r in made[kind, split] for q in asked(r)]
+    return [
+        q for kind in ("conversations", "rankings", "problems", "prompts") for r in made[kind, split] for q in asked(r)
+    ]
 
 
 def sums_in(texts):

@@ -9,10 +9,13 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 
 import numpy
 import pytest
 import torch
+from conftest import REPOSITORY, new_llama
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
 from posttrain import stage
@@ -44,10 +47,10 @@ def last_gradients(model):
 def test_the_gradient_does_not_depend_on_the_micro_batches(tokenizer, fresh_model, sizes):
     rows = sequences(len(tokenizer))
     total = sum(n - 1 for n in LENGTHS)
-    loss = sum(  # one row at a time, nothing packed: the mean over all predicted tokens
-        torch.nn.functional.cross_entropy(fresh_model(torch.tensor([r])).logits[0, :-1], torch.tensor(r[1:]), reduction="sum")
-        for r in rows
-    )  # fmt: skip
+    loss = 0.0  # one row at a time, nothing packed: the mean over all predicted tokens
+    for row in rows:
+        logits = fresh_model(torch.tensor([row])).logits[0, :-1]
+        loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")
     expected = torch.autograd.grad(loss / total, list(fresh_model.parameters()))
     norm = math.sqrt(sum(g.square().sum().item() for g in expected))
 
@@ -67,6 +70,53 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(tokenizer, fresh_mode
     for (name, _), gradient in zip(fresh_model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-4)
     assert numbers == pytest.approx({"loss": loss.item() / total, "grad_norm": norm, "learning_rate": 1e-3}, rel=1e-4)
+
+
+TWO_PROCESSES = """
+import copy, json, sys
+import accelerate, torch
+from posttrain.training import OptimConfig, Updater
+
+class Squares(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 4)
+
+    def forward(self, rows):
+        return self.layer(rows).square().sum()
+
+torch.manual_seed(0)
+rows, model = torch.randn(12, 8), Squares()
+alone, expected = copy.deepcopy(model), []
+optimizer = torch.optim.AdamW(alone.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+process = accelerate.Accelerator(cpu=True)
+updater = Updater(model, process, OptimConfig(warmup_steps=0, max_grad_norm=1e9), 5)
+mine = rows[process.process_index :: process.num_processes]
+for size in (2, 6):  # three micro-batches on each process, then one
+    loss = alone(rows) / 12
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in alone.parameters()]).norm()
+    optimizer.step()
+    numbers = updater.step(mine.split(size), lambda b: updater.model(b) / 12, lambda: "")
+    found = torch.tensor([numbers["loss"], numbers["grad_norm"]])
+    torch.testing.assert_close(found, torch.stack([loss, norm]).detach())
+    for found, single in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found, single, atol=1e-6, rtol=1e-5)
+open(f"{sys.argv[1]}/{process.process_index}-of-{process.num_processes}", "w").close()
+process.end_training()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_updates_of_one(tmp_path):
+    script = tmp_path / "squares.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*launch, str(script), str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("*-of-*")} == {"0-of-2", "1-of-2"}
 
 
 def small_updater(**keys):
@@ -223,8 +273,6 @@ def test_chunks_hold_all_texts_in_order(base_tokenizer):
 
 @pytest.mark.usefixtures("restored_signals")
 def test_pretraining_stopped_by_sigterm_ends_in_the_same_weights(tokenizer, tmp_path):
-    from conftest import new_llama
-
     chunks = torch.randint(len(tokenizer), (20, 16), generator=torch.Generator().manual_seed(0))
 
     def run(folder, model, stop_at=None):
