@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from posttrain.args import arg
 from posttrain.base_evals import sample_after_examples
 from posttrain.chat import decode, encode_chat
-from posttrain.data import DataConfig, load_rows
+from posttrain.data import DataConfig, load_rows, row_key
+from posttrain.errors import UserError
 from posttrain.intervals import clearly_higher, gain, measured, pass_at_k
 from posttrain.rewards import load_reward
 from posttrain.rl.rollout import Sampling, model_logps
@@ -61,7 +62,15 @@ def load_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_col
     rows, description = load_rows(data, data.dataset_train_split, seed, columns)
     source = eval_data(data, config)
     test, test_description = load_rows(source, config.eval_dataset_split, seed, eval_columns or columns)
-    return rows, test, [description, test_description]
+    seen = {row_key(row) for row in rows}
+    unseen = [row for row in test if row_key(row) not in seen]
+    if not unseen:
+        raise UserError(
+            f"eval_dataset_split: all {len(test)} held-out rows of {test_description['name']} are training rows, too: "
+            "name another split or slice, such as --dataset_train_split train[:-100] --eval_dataset_split train[-100:]"
+        )
+    test_description |= {"rows": len(unseen), "dropped_as_seen": len(test) - len(unseen)}
+    return rows, unseen, [description, test_description]
 
 
 def sample_replies(engine, tokenizer, rows: list[dict], config: ReplyConfig, stop_ids, prefix: str = "") -> Rollouts:

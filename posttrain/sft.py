@@ -126,8 +126,7 @@ def make_trainer(stage, model, tokenizer, encoded: list[dict], config: SFTConfig
         logging_steps=stage.config["logging_steps"],
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        save_strategy="steps" if stage.config["save_steps"] else "no",
-        save_steps=stage.config["save_steps"] or 500,
+        save_strategy="no",  # the callback says when, as in every stage
         report_to="none",
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -177,8 +176,8 @@ def make_watch(stage, config: SFTConfig):
 
         def on_step_end(self, args, state, control, **_):
             self.progress.update()
-            if stage.stopping:
-                control.should_training_stop = control.should_save = True
+            control.should_training_stop |= stage.stopping
+            control.should_save |= stage.due(state.global_step, config.max_steps)
 
         def on_log(self, args, state, control, logs=None, **_):
             numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}

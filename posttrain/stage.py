@@ -148,9 +148,10 @@ class Stage:
         return self.signal is not None
 
     def due(self, step: int, last: int) -> bool:
-        """Whether a checkpoint belongs after `step` of `last`: every save_steps, and when a signal came."""
+        """Whether a checkpoint belongs after `step` of `last`: every save_steps and after the last one, since what
+        follows (evaluation) can be interrupted too; and when a signal came."""
         every = self.config["save_steps"]
-        return self.stopping or (every > 0 and step % every == 0 and step < last)
+        return self.stopping or (every > 0 and (step % every == 0 or step == last))
 
     def log(self, step: int, **numbers: float) -> None:
         """One line of log.jsonl; `time` is in seconds since the stage began."""
@@ -232,6 +233,8 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     process = accelerate.PartialState()
     config = args.resolved(*configs)
     stage = Stage(name, config, describe_parents(parents), data, process.is_main_process)
+    for path in parents.values():
+        checkpoint.verify(Path(path), (read_manifest(path) or {}).get("files", {}))
     found = _look(stage)
     process.wait_for_everyone()
     if found == "finished":

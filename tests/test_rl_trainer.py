@@ -301,7 +301,7 @@ def test_max_kl_stops_the_run(tmp_path):
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_a_resumed_run_ends_bit_equal(tmp_path, kind):
     """Four steps at once, then again from the checkpoint that they left after two."""
-    config = RLConfig(max_steps=4, num_iterations=2, beta=0.02, **SMALL)
+    config = RLConfig(max_steps=4, num_iterations=2, num_minibatches=2, beta=0.02, **SMALL)
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=3, lr_scheduler_type="linear")
     ends = []
     for _ in range(2):

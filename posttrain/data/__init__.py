@@ -70,7 +70,7 @@ def load_rows(config: DataConfig, split: str, seed: int, columns: tuple[str, ...
     digest = hashlib.sha256()
     for index, row in enumerate(rows):
         try:
-            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str).encode())
+            digest.update(row_key(row).encode())
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{label}, row {index}: {error.object[error.start]!a} is half a surrogate pair, which no tokenizer "
@@ -78,6 +78,11 @@ def load_rows(config: DataConfig, split: str, seed: int, columns: tuple[str, ...
             ) from error
     description = {"name": name, "config": kind, "split": split, "rows": len(rows), "sha256": digest.hexdigest()}
     return rows, description
+
+
+def row_key(row: dict) -> str:
+    """A row as text; equal rows have equal keys."""
+    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def parse_split(split: str):
