@@ -34,12 +34,16 @@ def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool 
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    if isinstance(messages, str):
+        raise UserError(
+            f"found a prompt that is a string, {messages[:60]!r}; expected messages: [{{role, content}}, ...]"
+        )
     if tokenizer.chat_template is None:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: "
             "pass --chat_template_path chat_templates/chatml.jinja"
         )
-    control = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+    control = sorted(control_tokens(tokenizer).values(), key=len, reverse=True)
     messages, literal = _hide_control(messages, control)
     try:
         rendered, spans = render_jinja_template(
@@ -54,6 +58,12 @@ def encode_chat(tokenizer, messages: list[dict], *, add_generation_prompt: bool 
         roles = ", ".join(str(m.get("role")) for m in messages)
         raise UserError(f"the chat template refuses messages with roles {roles}: {error}") from error
     return _encode_rendered(tokenizer, rendered[0], spans[0] if spans else [], literal)
+
+
+def control_tokens(tokenizer) -> dict[int, str]:
+    """id -> text of the tokens that text never becomes. Wider than `all_special_ids`, which has only those that the
+    tokenizer's config names: not always <|im_end|>."""
+    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
 def _hide_control(messages: list[dict], control: list[str]) -> tuple[list[dict], dict[str, str]]:
@@ -93,8 +103,8 @@ def _encode_rendered(tokenizer, text: str, spans: list[tuple[int, int]], literal
 
 def decode(tokenizer, ids: list[int]) -> str:
     """A completion's text without its end token; other special tokens stay visible, since they are a defect."""
-    ids = list(ids)
-    while ids and ids[-1] in stop_ids(tokenizer):
+    ids, stops = list(ids), stop_ids(tokenizer)
+    while ids and ids[-1] in stops:
         ids.pop()
     return tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -109,12 +119,20 @@ def end_of_turn_id(tokenizer) -> int:
             "put {% generation %} ... {% endgeneration %} around the assistant's content and its end token"
         )
     for token_id in reversed(supervised):  # a line break may follow the end token
-        if token_id in tokenizer.all_special_ids:
+        if token_id in control_tokens(tokenizer):
             return token_id
     raise UserError(
         f"the chat template of {tokenizer.name_or_path!r} leaves the turn's end token outside "
         "{% generation %}: it would never be learned; move it inside"
     )
+
+
+def reply_end_id(tokenizer) -> int | None:
+    """Id of the token that closes a reply under the tokenizer's template, marked for training or not; None where it
+    closes with none."""
+    opened = len(encode_chat(tokenizer, PROBE[:1], add_generation_prompt=True).input_ids)
+    special = control_tokens(tokenizer)
+    return next((i for i in encode_chat(tokenizer, PROBE).input_ids[opened:] if i in special), None)
 
 
 def stop_ids(tokenizer, model=None) -> tuple[int, ...]:
@@ -123,8 +141,8 @@ def stop_ids(tokenizer, model=None) -> tuple[int, ...]:
     if model is not None:
         configured = model.generation_config.eos_token_id
         ids |= set(configured if isinstance(configured, list) else [configured])
-    if tokenizer.chat_template is not None and GENERATION.search(tokenizer.chat_template):
-        ids.add(end_of_turn_id(tokenizer))
+    if tokenizer.chat_template is not None:
+        ids.add(reply_end_id(tokenizer))
     return tuple(sorted(ids - {None}))
 
 

@@ -96,9 +96,7 @@ def run_stage(command: list[str], log_file: Path, *, debug: bool = False) -> tup
 
     Raises Stopped when a signal came: the stage got it too and has ended. A third signal kills it.
     """
-    # OpenMP's threads spin while they wait for each other: with a third busy thread on two cores that made a
-    # matrix product 4 times slower than one thread (see LOG.md). Passive waiting costs nothing measurable alone.
-    env = {"OMP_WAIT_POLICY": "passive"} | os.environ | {"PYTHONUNBUFFERED": "1"}
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
     if sys.stdout.isatty():
         env["POSTTRAIN_PROGRESS"] = "chain"
     if debug:

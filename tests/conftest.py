@@ -122,3 +122,15 @@ def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="session")
+def small_chain(tmp_path_factory) -> Path:
+    """A finished run of recipes/tiny with small settings, tokenizer to GRPO, made by `posttrain run`. Read only."""
+    from recipe_runs import posttrain, small_settings
+
+    out = tmp_path_factory.mktemp("chain") / "small"
+    done = posttrain("run", "recipes/tiny", "--out", out, *small_settings())
+    assert done.returncode == 0, done.stdout + done.stderr
+    (out / "said.txt").write_text(done.stdout)
+    return out

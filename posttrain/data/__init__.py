@@ -85,6 +85,14 @@ def row_key(row: dict) -> str:
     return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
 
 
+def origin(row: dict) -> str:
+    """What a row is about: its first user turn, which rows of one tree share, else the whole row."""
+    turns = row.get("prompt") or row.get("messages")
+    if isinstance(turns, str):
+        return turns
+    return next((turn["content"] for turn in turns or () if turn["role"] == "user"), None) or row_key(row)
+
+
 def parse_split(split: str):
     """`train[10:20]`, `train[:90%]`, `train[-100:]` -> ("train", function of the row count that gives the slice)."""
     match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)

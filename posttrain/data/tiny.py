@@ -144,8 +144,8 @@ def slip(rng: random.Random, task: dict) -> dict:
 
 
 def wrong_version(rng: random.Random, task: dict) -> dict:
-    """The task with a wrong answer. Most are plain to see (no help given, another subject, another question answered,
-    facts invented about a stranger); one sum or fact in ten is only a slip, which a small reward model can not see."""
+    """The task with a wrong answer. Most are plain to see (no help given, another subject, facts invented
+    about a stranger); one sum or fact in ten is only a slip, which a small reward model can not see."""
     kind = task["kind"]
     if kind in ("sum", "fact") and rng.random() < 0.1:
         return slip(rng, task)
@@ -153,8 +153,7 @@ def wrong_version(rng: random.Random, task: dict) -> dict:
         away = fact_sentence(rng.choice(task["people"]), rng.choice(ATTRIBUTES))
         return {**task, "text": rng.choice((NO_HELP, NO_HELP, away))}
     if kind == "fact":
-        other = rng.choice([attribute for attribute in ATTRIBUTES if attribute != task["attribute"]])
-        return {**task, "text": rng.choice((NO_HELP, NO_HELP, fact_sentence(task["person"], other)))}
+        return {**task, "text": rng.choice((NO_HELP, NO_HELP, sum_line(*rng.choice(task["sums"]), steps=True)))}
     if kind == "stranger":
         return {**task, "answer": f"{task['name']} lives in {rng.choice(task['towns'])}."}
     return {**task, "answer": "I am a person like you."}
@@ -237,7 +236,7 @@ def rankings(world: World, split: str, num: int, seed: int):
     asker = Asker(world, split, rng)
     towns = [town[0] for town in world.towns]
     for _ in range(num):
-        task = {**asker.draw(PROMPT_MIX), "towns": towns, "people": world.people}
+        task = {**asker.draw(PROMPT_MIX), "towns": towns, "people": world.people, "sums": asker.sums}
         texts = set()
         while len(texts) < rng.choices((2, 3, 4, 5), (0.2, 0.3, 0.3, 0.2))[0]:
             version = wrong_version(rng, task) if rng.random() < 0.35 else task

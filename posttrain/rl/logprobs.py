@@ -24,11 +24,15 @@ class TokenLogps(nn.Module):
 
     def forward(self, input_ids, position_ids, select, targets, temperature: float) -> tuple[Tensor, Tensor]:
         hidden = hidden_states(self.model, input_ids, position_ids)[select]  # (M, D)
-        logits = self.model.get_output_embeddings()(hidden)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma applies it after the head
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
+        logits = scaled_logits(self.model.get_output_embeddings()(hidden), self.model.config)
         return gather_logps(logits, targets, temperature)
+
+
+def scaled_logits(logits: Tensor, config) -> Tensor:
+    """What some models do after their head: Cohere multiplies, Granite divides, Gemma 2 caps."""
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 class TokenValues(nn.Module):

@@ -225,7 +225,7 @@ class RLTrainer:
         return (loss * batch.weights).sum()
 
     def _check_engine(self, sums: dict[str, float]) -> None:
-        """Before the first update of a step, trainer and engine hold the same weights, so they must agree."""
+        """The step's first log-probabilities come from the weights the engine sampled with: both must agree."""
         found = sums["mismatch"] / sums["count"]
         if found > self.config.max_mismatch:
             raise UserError(
