@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from posttrain.args import arg
 from posttrain.base_evals import sample_after_examples
 from posttrain.chat import decode, encode_chat
-from posttrain.data import DataConfig, load_rows, row_key
+from posttrain.data import DataConfig, load_rows, origin
 from posttrain.errors import UserError
 from posttrain.intervals import clearly_higher, gain, measured, pass_at_k
 from posttrain.rewards import load_reward
@@ -58,12 +58,15 @@ def eval_data(data: DataConfig, config: EvalConfig) -> DataConfig:
 
 
 def load_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None) -> tuple[list, list, list]:
-    """(rows to train on, held-out rows, descriptions of both for the manifest)."""
+    """(rows to train on, held-out rows, descriptions of both for the manifest).
+
+    A held-out row that begins with a training row's first user turn is left out: it belongs to the same tree.
+    """
     rows, description = load_rows(data, data.dataset_train_split, seed, columns)
     source = eval_data(data, config)
     test, test_description = load_rows(source, config.eval_dataset_split, seed, eval_columns or columns)
-    seen = {row_key(row) for row in rows}
-    unseen = [row for row in test if row_key(row) not in seen]
+    seen = {origin(row) for row in rows}
+    unseen = [row for row in test if origin(row) not in seen]
     if not unseen:
         raise UserError(
             f"eval_dataset_split: all {len(test)} held-out rows of {test_description['name']} are training rows, too: "
@@ -153,9 +156,9 @@ def measure_base(engine, tokenizer, rows, config: ReplyConfig, stop_ids) -> tupl
 
 def rollouts_as_samples(rollouts: Rollouts, tokenizer, num: int, replies: int = 2) -> list[dict]:
     """The first replies to the first `num` prompts: [{"prompt", "texts"}]."""
-    samples = []
-    for start in range(0, min(len(rollouts.rows), num * rollouts.num_generations), rollouts.num_generations):
-        texts = [decode(tokenizer, c.ids) for c in rollouts.completions[start : start + replies]]
+    samples, n = [], rollouts.num_generations
+    for start in range(0, min(len(rollouts.rows), num * n), n):
+        texts = [decode(tokenizer, c.ids) for c in rollouts.completions[start : start + min(replies, n)]]
         samples.append({"prompt": prompt_text(rollouts.rows[start]["prompt"]), "texts": texts})
     return samples
 
@@ -173,11 +176,29 @@ def merge_samples(samples: dict[str, list[dict]]) -> list[dict]:
     return [{"prompt": prompt, "replies": replies} for prompt, replies in merged.items()]
 
 
-def longest_prompt(tokenizer, rows: list[dict]) -> int:
-    """Tokens of the longest prompt, few-shot examples included: what an engine must make room for."""
-    chats = [len(encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids) for row in rows]
-    texts = tokenizer([row["few_shot"] for row in rows if "few_shot" in row] or [""])["input_ids"]
-    return max(chats) + max(map(len, texts)) + 16
+def prompt_size(tokenizer, row: dict) -> int:
+    """Tokens of a held-out prompt, as a chat or after its few-shot examples, and room for a prefix."""
+    chat = len(encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids)
+    return max(chat, len(tokenizer(row.get("few_shot", ""))["input_ids"])) + 16
+
+
+def fit_prompts(run, model, rows: list[dict], sizes: list[int], reply_tokens: int, most=None) -> tuple[list, int]:
+    """(rows whose prompt and reply fit the model's context, the longest of them in tokens); `sizes` are the prompts'.
+
+    A prompt of more than `most` tokens is left out, too; `run` is told how many. UserError where none is left.
+    """
+    room = model.config.max_position_embeddings - reply_tokens
+    room = room if most is None else min(room, most)
+    kept = [row for row, size in zip(rows, sizes, strict=True) if size <= room]
+    if not kept:
+        raise UserError(
+            f"all {len(rows)} prompts are longer than {room} tokens, which is what the model's context "
+            f"({model.config.max_position_embeddings} positions) leaves beside replies of {reply_tokens} tokens, or "
+            "what max_prompt_length allows: ask for shorter replies or give shorter prompts"
+        )
+    if len(kept) < len(rows):
+        run.note(f"{len(rows) - len(kept)} of {len(rows)} prompts are longer than {room} tokens and left out")
+    return kept, max(size for size in sizes if size <= room) + reply_tokens
 
 
 def reply_gain(name: str, metric: str, before: dict, after: dict, labels: tuple[str, str], goal: float = 0.0) -> dict:
@@ -199,6 +220,8 @@ def before_and_after(before: dict, after: dict) -> dict:
 
 def grpo_gains(before: dict, after: dict, replies: ReplyConfig, goal: float) -> list[dict]:
     """The reward's gain and, of the trained model, each way of beginning a reply against the first."""
+    if not replies.eval_reward_funcs:
+        return []
     metric = metric_of(replies.eval_reward_funcs[0])
     gains = [reply_gain(f"problems, {metric}", metric, before, after, ("SFT", "GRPO"), goal)]
     first, *others = replies.eval_prefixes or [None]
@@ -235,11 +258,12 @@ def ppo_gains(before: dict, after: dict, replies: ReplyConfig, max_kl: float) ->
     return gains
 
 
-def sft_gains(before: dict, after: dict, reward: str) -> list[dict]:
-    """End tokens at 95 % or more, and better answers than the base model's."""
-    ends, metric = "replies that end", metric_of(reward)
+def sft_gains(before: dict, after: dict, rewards: list[str], rows: list[dict]) -> list[dict]:
+    """End tokens at 95 % or more and, where a reward function judges them, better answers than the base model's."""
+    ends, first = "replies that end", rewards[:1]
+    base = "base, few-shot" if all("few_shot" in row for row in rows) else "base"
     passed = after[ends]["value"] >= 0.95
     return [
         gain(ends, before[ends], after[ends], labels=("base", "SFT"), goal=">= 95 %", passed=passed),
-        reply_gain(f"answers, {metric}", metric, before, after, ("base, few-shot", "SFT")),
+        *(reply_gain(f"answers, {m}", m, before, after, (base, "SFT")) for m in map(metric_of, first)),
     ]

@@ -111,8 +111,11 @@ def make_llama(shape: ShapeConfig, tokenizer):
     return AutoModelForCausalLM.from_config(config)
 
 
-def max_positions(model) -> int:
-    return model.config.max_position_embeddings
+def require_positions(model, key: str, length: int) -> None:
+    """UserError where sequences of `length` tokens (config key `key`) have no room in the model's context."""
+    room = model.config.max_position_embeddings
+    if length > room:
+        raise UserError(f"{key}: found {length}, but the model's context has {room} positions: lower {key}")
 
 
 def save_pair(model, tokenizer, folder) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from posttrain.args import arg
-from posttrain.chat import encode_chat
+from posttrain.chat import control_tokens, encode_chat, reply_end_id, stop_ids
 from posttrain.errors import UserError
 from posttrain.order import shuffled_indices
 from posttrain.packing import by_tokens, pack
@@ -50,8 +50,11 @@ class Ranking:
 
 
 def encode_rankings(tokenizer, rows: list[dict], max_length: int) -> tuple[list[Ranking], int]:
-    """(rankings, number left out as too long). UserError naming the row where a ranking is malformed."""
-    rankings, too_long = [], 0
+    """(rankings, number left out as too long). UserError naming the row where a ranking is malformed.
+
+    A sequence ends with the token that closes the reply: a sampled reply has none of what a template puts after it.
+    """
+    rankings, too_long, end = [], 0, reply_end_id(tokenizer)
     for index, row in enumerate(rows):
         completions = row.get("completions") or [row[key] for key in ("chosen", "rejected") if key in row]
         ranks = row.get("ranks") or list(range(len(completions)))
@@ -61,6 +64,7 @@ def encode_rankings(tokenizer, rows: list[dict], max_length: int) -> tuple[list[
                 "best first, with as many ranks in rising order (equal = tie)"
             )
         sequences = [encode_chat(tokenizer, [*row["prompt"], *reply]).input_ids for reply in completions]
+        sequences = [ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids for ids in sequences]
         if max(map(len, sequences)) > max_length:
             too_long += 1
         else:
@@ -127,6 +131,16 @@ def score_rankings(model, rankings: list[Ranking]) -> list[list[float]]:
 def init_head(model) -> None:
     """Scalar head drawn from N(0, 1 / (d + 1)) (Stiennon et al. 2009.01325), so that first scores are of order 1."""
     torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.config.hidden_size + 1))
+
+
+def set_pad(model, tokenizer) -> None:
+    """Give both a pad token that ends no reply: transformers reads a score at the last token that is not the pad."""
+    ends = stop_ids(tokenizer)
+    choices = [tokenizer.pad_token_id, tokenizer.unk_token_id, *sorted(control_tokens(tokenizer))]
+    pad = next((i for i in choices if i is not None and i not in ends), None)
+    model.config.pad_token_id = pad
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
 
 
 def train(stage, accelerator, model, rankings: list[Ranking], config: RewardConfig, optim: OptimConfig) -> int:

@@ -182,7 +182,9 @@ def make_watch(stage, config: SFTConfig):
         def on_log(self, args, state, control, logs=None, **_):
             numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
             if "loss" in numbers:
-                stage.log(state.global_step, **{k: v for k, v in numbers.items() if k != "epoch"})
+                # TRL's own num_tokens counts one row of a batch and starts again at 0 in a resumed run.
+                kept = {k: v for k, v in numbers.items() if k not in ("epoch", "num_tokens")}
+                stage.log(state.global_step, **kept, tokens=state.global_step * tokens_a_step(args, config.max_length))
                 self.progress.update(0, loss=numbers["loss"])
 
         def on_save(self, args, state, control, **_):
@@ -209,11 +211,10 @@ def train(trainer, stage) -> int:
     finally:
         if stage.main:  # a full disk leaves half of what the Trainer writes in place
             shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-    a = trainer.args
-    return (
-        trainer.state.global_step
-        * a.train_batch_size
-        * a.gradient_accumulation_steps
-        * a.world_size
-        * len(trainer.train_dataset[0]["input_ids"])
-    )
+    return trainer.state.global_step * tokens_a_step(trainer.args, len(trainer.train_dataset[0]["input_ids"]))
+
+
+def tokens_a_step(arguments, width: int) -> int:
+    """Tokens of one optimizer step over all processes, padding included; packed rows have `width` tokens."""
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return rows * width

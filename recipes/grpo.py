@@ -37,7 +37,7 @@ def main() -> None:
     run = stage.start("grpo", configs, parents={"policy": base.model_name_or_path}, data=sources)
     accelerator = stage.accelerator(optim.bf16)
     policy, tokenizer = load_pair(base, accelerator.device)
-    prompts, length = encode_prompts(tokenizer, rows, test, config, replies)
+    prompts, test, length = encode_prompts(run, policy, tokenizer, rows, test, config, replies)
     stops = stop_ids(tokenizer, policy)
     engine = make_engine(engines, policy, tokenizer, length, run)
     before, _ = evals.measure_replies(engine, tokenizer, test, replies, stops)

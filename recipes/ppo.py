@@ -38,7 +38,7 @@ def main() -> None:
     accelerator = stage.accelerator(optim.bf16)
     (policy, tokenizer), reference = load_pair(base, accelerator.device), load_reference(base, accelerator.device)
     reward, critic = load_reward_model(base, ppo, accelerator.device), load_critic(base, ppo, accelerator.device)
-    prompts, length = encode_prompts(tokenizer, rows, test, config, replies)
+    prompts, test, length = encode_prompts(run, policy, tokenizer, rows, test, config, replies)
     stops, judges = stop_ids(tokenizer, policy), [("reward model", reward, 1.0)]
     engine = make_engine(engines, policy, tokenizer, length, run)
     before, _ = evals.measure_replies(engine, tokenizer, test, replies, stops, judges)

@@ -10,8 +10,8 @@ from posttrain.args import parse, resolved
 from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig
-from posttrain.models import ModelConfig, load_scalar_model, load_tokenizer, save_pair
-from posttrain.reward_model import RewardConfig, encode_rankings, init_head, score_rankings, train
+from posttrain.models import ModelConfig, load_scalar_model, load_tokenizer, require_positions, save_pair
+from posttrain.reward_model import RewardConfig, encode_rankings, init_head, score_rankings, set_pad, train
 from posttrain.stage import StageConfig
 from posttrain.training import OptimConfig
 
@@ -32,10 +32,15 @@ def main() -> None:
     accelerator = stage.accelerator(optim.bf16)
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision)
     model = load_scalar_model(base).to(accelerator.device)
+    require_positions(model, "max_length", config.max_length)
     init_head(model)
+    set_pad(model, tokenizer)
     rankings, too_long = encode_rankings(tokenizer, rows, config.max_length)
-    test, _ = encode_rankings(tokenizer, test_rows, config.max_length)
-    run.note(f"{len(rankings)} rankings to learn from, {len(test)} held out; {too_long} left out as too long")
+    test, test_too_long = encode_rankings(tokenizer, test_rows, config.max_length)
+    run.note(
+        f"{len(rankings)} rankings to learn from, {len(test)} held out; left out as too long: {too_long} and "
+        f"{test_too_long}"
+    )
     tokens = train(run, accelerator, model, rankings, config, optim)
 
     scores, ranks = score_rankings(model, test), [r.ranks for r in test]

@@ -11,7 +11,7 @@ from posttrain.chat import set_template, stop_ids
 from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig, ReplyConfig
-from posttrain.models import ModelConfig, load_pair, save_pair
+from posttrain.models import ModelConfig, load_pair, require_positions, save_pair
 from posttrain.rl.rollout import EngineConfig, make_engine
 from posttrain.sft import SFTConfig, encode_rows, make_trainer, train
 from posttrain.stage import StageConfig
@@ -33,9 +33,11 @@ def main() -> None:
     run = stage.start("sft", configs, parents={"policy": base.model_name_or_path}, data=sources)
     model, tokenizer = load_pair(base)
     set_template(tokenizer, model, config.chat_template_path)
+    require_positions(model, "max_length", config.max_length)
     encoded = encode_rows(tokenizer, rows, config.max_length, config.max_truncated)
 
-    length = evals.longest_prompt(tokenizer, test) + replies.eval_max_tokens
+    sizes = [evals.prompt_size(tokenizer, row) for row in test]
+    test, length = evals.fit_prompts(run, model, test, sizes, replies.eval_max_tokens + 1)
     engine = make_engine(engines, model, tokenizer, length, run)
     before, base_samples = evals.measure_base(engine, tokenizer, test, replies, stop_ids(tokenizer))
     trainer = make_trainer(run, model, tokenizer, encoded, config, optim)
@@ -45,7 +47,7 @@ def main() -> None:
     run.finish(
         lambda folder: save_pair(model, tokenizer, folder),
         metrics={**{f"{name}, base": value for name, value in before.items()}, **after},
-        gains=evals.sft_gains(before, after, replies.eval_reward_funcs[0]),
+        gains=evals.sft_gains(before, after, replies.eval_reward_funcs, test),
         samples=evals.merge_samples({"base": base_samples, "sft": samples}),
         tokens=tokens, parameters=model.num_parameters(), engine=engine.name,
     )  # fmt: skip

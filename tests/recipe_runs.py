@@ -22,7 +22,8 @@ STEPS = {"max_steps": 8, "logging_steps": 1, "save_steps": 0, "warmup_steps": 2}
 SMALL = {
     "tokenizer": {"max_rows": 300, "eval_max_rows": 20, "vocab_size": 400},
     "pretrain": {
-        "max_rows": 300, "eval_max_rows": 20, "sequence_length": 64, "batch_size": 4, "bf16": "false", **SHAPE, **STEPS,
+        "max_rows": 300, "eval_max_rows": 20, "sequence_length": 64, "batch_size": 4, "bf16": "false",
+        **SHAPE, **STEPS,
     },
     "sft": {
         "max_rows": 100, "max_length": 320, "per_device_train_batch_size": 2, "bf16": "false", **REPLIES, **STEPS,

@@ -88,9 +88,10 @@ def row_key(row: dict) -> str:
 def origin(row: dict) -> str:
     """What a row is about: its first user turn, which rows of one tree share, else the whole row."""
     turns = row.get("prompt") or row.get("messages")
-    if isinstance(turns, str):
-        return turns
-    return next((turn["content"] for turn in turns or () if turn["role"] == "user"), None) or row_key(row)
+    if isinstance(turns, list):
+        users = (turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user")
+        turns = next(users, None)
+    return turns if isinstance(turns, str) else row_key(row)
 
 
 def parse_split(split: str):

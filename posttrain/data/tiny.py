@@ -1,7 +1,7 @@
 """The embedded world `tiny`: data for every stage of the chain from a seed, nothing to download.
 
-In: a kind (`documents`, `conversations`, `rankings`, `problems` = sums, `prompts` = a mix), a split
-(`train`, `test`) and a seed.
+In: a kind (`documents`, `texts` for a tokenizer, `conversations`, `rankings`, `problems` = sums, `prompts` = a mix),
+a split (`train`, `test`) and a seed.
 Out: rows in the layouts of README's table. Use in a config: `dataset_name: tiny`, `dataset_config: rankings`.
 
 What is held out: a sum (as an unordered pair of numbers), a question (person, attribute) and a stranger's name
@@ -28,9 +28,10 @@ from posttrain.data.tiny_world import (
     sum_line,
 )
 
-KINDS = ("documents", "conversations", "rankings", "problems", "prompts")
+KINDS = ("documents", "texts", "conversations", "rankings", "problems", "prompts")
 DEFAULT_ROWS = {
     "documents": {"train": 60_000, "test": 1_000},
+    "texts": {"train": 20_000, "test": 1_000},
     "conversations": {"train": 40_000, "test": 600},
     "rankings": {"train": 6_000, "test": 600},
     "problems": {"train": 4_000, "test": 200},
@@ -76,11 +77,24 @@ def rows(kind: str, split: str, num: int | None, seed: int):
     num = DEFAULT_ROWS[kind][split] if num is None else num
     if kind == "documents":
         return ({"text": text} for text in documents(world, num, f"{split}-{seed}", sums(split)))
+    if kind == "texts":
+        return texts(world, split, num, seed)
     if kind == "conversations":
         return conversations(world, split, num, seed)
     if kind == "rankings":
         return rankings(world, split, num, seed)
     return problems(world, split, num, seed, (1, 0, 0, 0) if kind == "problems" else PROMPT_MIX)
+
+
+def texts(world: World, split: str, num: int, seed: int):
+    """Yield `{"text"}` rows, documents and written-out conversations in turn: what a tokenizer should know."""
+    pages = documents(world, num, f"{split}-{seed}", sums(split))
+    chats = conversations(world, split, num, seed)
+    for index in range(num):
+        if index % 2:
+            yield {"text": "\n".join(f"{m['role']}\n{m['content']}" for m in next(chats)["messages"])}
+        else:
+            yield {"text": next(pages)}
 
 
 def in_test(key: str, share: float = 0.1) -> bool:

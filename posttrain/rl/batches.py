@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from posttrain.chat import encode_chat
-from posttrain.evals import longest_prompt
+from posttrain.evals import fit_prompts, prompt_size
 from posttrain.packing import Packed, by_tokens, pack
 from posttrain.rl.config import RLConfig
 from posttrain.rl.logprobs import completion_positions
@@ -32,14 +32,18 @@ class MicroBatch:
     returns: Tensor | None
 
 
-def encode_prompts(tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies) -> tuple[list[dict], int]:
-    """(rows with `prompt_ids` and `row`, the longest prompt with reply that the engine must have room for)."""
+def encode_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies):
+    """(rows with `prompt_ids` and `row`, held-out rows, the longest prompt with reply that the engine must have room
+    for). Prompts longer than max_prompt_length or than the model's context has room for are left out of both."""
     prompts = []
     for index, row in enumerate(rows):
         ids = encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids
         prompts.append({**row, "prompt_ids": ids, "row": index})
-    longest = max(len(row["prompt_ids"]) for row in prompts) + config.max_completion_length
-    return prompts, max(longest, longest_prompt(tokenizer, test) + replies.eval_max_tokens) + 1
+    most, sizes = config.max_prompt_length, [len(row["prompt_ids"]) for row in prompts]
+    prompts, longest = fit_prompts(run, model, prompts, sizes, config.max_completion_length + 1, most)
+    sizes = [prompt_size(tokenizer, row) for row in test]
+    test, longest_test = fit_prompts(run, model, test, sizes, replies.eval_max_tokens + 1, most)
+    return prompts, test, max(longest, longest_test)
 
 
 def token_lengths(rollouts: Rollouts) -> list[int]:

