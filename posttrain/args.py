@@ -97,6 +97,14 @@ def resolved(*instances) -> dict:
     return {f.name: _plain(getattr(one, f.name)) for one in instances for f in fields(one) if f.init}
 
 
+def at_least(config, **least: int) -> None:
+    """Check that keys of a config are at least so much. Raises UserError naming the first that is not."""
+    for key, bound in least.items():
+        found = getattr(config, key)
+        if found is not None and found < bound:
+            raise UserError(f"{key}: found {found}, expected at least {bound}")
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)

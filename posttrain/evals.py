@@ -6,10 +6,10 @@ Every sample's seed is fixed, so the same checkpoint gives the same figure.
 
 from dataclasses import dataclass, replace
 
-from posttrain.args import arg
+from posttrain.args import arg, at_least
 from posttrain.base_evals import sample_after_examples
 from posttrain.chat import decode, encode_chat
-from posttrain.data import DataConfig, load_rows, origin
+from posttrain.data import DataConfig, check, load_rows, origin
 from posttrain.errors import UserError
 from posttrain.intervals import clearly_higher, gain, measured, pass_at_k
 from posttrain.rewards import load_reward
@@ -31,6 +31,9 @@ class EvalConfig:
     eval_max_rows: int | None = arg(None, help="use so many rows")
     eval_goal: float = arg(0.0, help="gain the stage aims at; what it counts stands in the recipe's first lines")
 
+    def __post_init__(self):
+        at_least(self, eval_max_rows=1)
+
 
 @dataclass
 class ReplyConfig:
@@ -44,6 +47,9 @@ class ReplyConfig:
     eval_prefixes: dict = arg({}, help="label -> words that the reply is made to begin with (tokens to think)")
     eval_num_samples: int = arg(6, help="prompts whose replies are stored for the report")
 
+    def __post_init__(self):
+        at_least(self, eval_num_generations=1, eval_max_tokens=1, eval_num_samples=0)
+
 
 def eval_data(data: DataConfig, config: EvalConfig) -> DataConfig:
     """The data keys of the evaluation: those of training where the evaluation's own are not set."""
@@ -55,6 +61,12 @@ def eval_data(data: DataConfig, config: EvalConfig) -> DataConfig:
         dataset_adapter=config.eval_dataset_adapter or (data.dataset_adapter if same else None),
         max_rows=config.eval_max_rows,
     )
+
+
+def check_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None) -> None:
+    """What a dry run can know of `load_both` in seconds."""
+    check(data, data.dataset_train_split, seed, columns)
+    check(eval_data(data, config), config.eval_dataset_split, seed, eval_columns or columns)
 
 
 def load_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None) -> tuple[list, list, list]:

@@ -48,7 +48,10 @@ def load_causal_lm(config: ModelConfig):
     """A causal LM with dropout left to train()/eval()."""
     from transformers import AutoModelForCausalLM
 
-    return _load_weights(AutoModelForCausalLM, config)
+    model = _load_weights(AutoModelForCausalLM, config)
+    if any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ()):
+        raise UserError(f"model {config.model_name_or_path!r} is a reward model: name the model it was trained from")
+    return model
 
 
 def load_pair(config: ModelConfig, device="cpu"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from posttrain.args import arg
+from posttrain.args import arg, at_least
 from posttrain.errors import UserError
 from posttrain.order import shuffled_indices
 from posttrain.progress import Progress
@@ -25,6 +25,9 @@ class PretrainConfig:
     sequence_length: int = arg(256, help="tokens of a chunk")
     batch_size: int = arg(16, help="chunks of a step, over all processes")
     micro_batch_size: int = arg(16, help="chunks of one forward and backward; memory, not mathematics")
+
+    def __post_init__(self):
+        at_least(self, max_steps=1, sequence_length=2, batch_size=1, micro_batch_size=1)
 
 
 class ChunkLoss(nn.Module):
@@ -64,6 +67,9 @@ def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainCo
         state = read_state(stage.resume_folder)
         updater.load_state(state["updater"])
         step = state["step"]
+    positions = model.config.max_position_embeddings
+    if config.sequence_length > positions:
+        raise UserError(f"sequence_length: found {config.sequence_length}, but max_position_embeddings is {positions}")
     tokens_a_step = config.batch_size * config.sequence_length
     predicted = config.batch_size * (config.sequence_length - 1)
     progress = Progress(stage.name, config.max_steps, initial=step)

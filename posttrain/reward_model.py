@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.args import arg
+from posttrain.args import arg, at_least
 from posttrain.chat import control_tokens, encode_chat, reply_end_id, stop_ids
+from posttrain.data import MESSAGES, are_messages
 from posttrain.errors import UserError
 from posttrain.order import shuffled_indices
 from posttrain.packing import by_tokens, pack
@@ -38,6 +39,7 @@ class RewardConfig:
     def __post_init__(self):
         if self.loss_type not in LOSSES:
             raise UserError(f"loss_type: found {self.loss_type!r}, expected one of {', '.join(LOSSES)}")
+        at_least(self, max_steps=1, batch_size=1, max_length=2, max_tokens_per_microbatch=1)
 
 
 @dataclass
@@ -63,6 +65,9 @@ def encode_rankings(tokenizer, rows: list[dict], max_length: int) -> tuple[list[
                 f"row {index}: {len(completions)} completions with ranks {ranks}; expected two or more completions, "
                 "best first, with as many ranks in rising order (equal = tie)"
             )
+        for messages in (row["prompt"], *completions):
+            if not are_messages(messages):
+                raise UserError(f"row {index}: found {str(messages)[:80]!r}, expected {MESSAGES}")
         sequences = [encode_chat(tokenizer, [*row["prompt"], *reply]).input_ids for reply in completions]
         sequences = [ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids for ids in sequences]
         if max(map(len, sequences)) > max_length:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from posttrain.args import arg
+from posttrain.args import arg, at_least
 from posttrain.chat import encode_chat, end_of_turn_id
 from posttrain.errors import UserError
 from posttrain.packing import best_fit
@@ -39,6 +39,9 @@ class SFTConfig:
     per_device_train_batch_size: int = arg(16, help="packed rows of one forward and backward on each process")
     gradient_accumulation_steps: int = arg(1, help="forwards and backwards of one optimizer step")
     gradient_checkpointing: bool = arg(False, help="recompute activations in the backward: less memory, more time")
+
+    def __post_init__(self):
+        at_least(self, max_length=2, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=1)
 
 
 def encode_rows(tokenizer, rows: list[dict], max_length: int, max_truncated: float) -> list[dict]:

@@ -46,9 +46,7 @@ class StageConfig:
     def __post_init__(self):
         if self.resume not in ("auto", "must", "never"):
             raise UserError(f"resume: found {self.resume!r}, expected auto, must or never")
-        for key, least in {"save_steps": 0, "save_total_limit": 1, "logging_steps": 1}.items():
-            if getattr(self, key) < least:
-                raise UserError(f"{key}: found {getattr(self, key)}, expected at least {least}")
+        args.at_least(self, save_steps=0, save_total_limit=1, logging_steps=1)
 
 
 def read_manifest(path: str | Path) -> dict | None:
@@ -278,6 +276,8 @@ def _look(stage: Stage) -> str:
             raise UserError(f"resume: must, but {folder} has no unfinished run to resume")
         return "fresh"
     before = read_manifest(folder) if STAGE in mine else _read_run(folder / RUN)
+    if before["stage"] != stage.name:
+        raise UserError(f"output_dir: {folder} holds a {before['stage']} stage, this is {stage.name}; name another")
     changed = differences(before["config"], config) + _changed_inputs(before, stage)
     if STAGE in mine:
         if changed:

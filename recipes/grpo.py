@@ -5,7 +5,7 @@ Gain: the first of `eval_reward_funcs` on held-out problems, before and after; `
 `eval_prefixes` makes the same model answer at once and in steps: what tokens to think are worth.
 """
 
-from posttrain import data, evals, stage
+from posttrain import evals, stage
 from posttrain.args import parse, resolved
 from posttrain.chat import stop_ids
 from posttrain.data import DataConfig
@@ -24,9 +24,9 @@ ARGS = (StageConfig, ModelConfig, DataConfig, RLConfig, OptimConfig, EvalConfig,
 
 
 def check(argv, planned=()) -> dict:
-    configs = own, base, source, config, _, _, _, _ = parse(ARGS, argv)
+    configs = own, base, source, config, _, held_out, _, _ = parse(ARGS, argv)
     stage.describe_parents({"policy": base.model_name_or_path}, planned)
-    data.check(source, source.dataset_train_split, own.seed, ("prompt",))
+    evals.check_both(source, held_out, own.seed, ("prompt",))
     load_rewards(config.reward_funcs, config.reward_weights)
     return resolved(*configs)
 

@@ -5,7 +5,7 @@ Gain: the first of `eval_reward_funcs` on held-out prompts (tiny: the labeller's
 sees), beside the reward model's own score and the KL to the chat model it started from.
 """
 
-from posttrain import data, evals, stage
+from posttrain import evals, stage
 from posttrain.args import parse, resolved
 from posttrain.chat import stop_ids
 from posttrain.data import DataConfig
@@ -24,9 +24,9 @@ ARGS = (StageConfig, ModelConfig, DataConfig, RLConfig, PPOConfig, OptimConfig, 
 
 
 def check(argv, planned=()) -> dict:
-    configs = own, base, source, _, ppo, _, _, _, _ = parse(ARGS, argv)
+    configs = own, base, source, _, ppo, _, held_out, _, _ = parse(ARGS, argv)
     stage.describe_parents({"policy": base.model_name_or_path, "reward": ppo.reward_model_path}, planned)
-    data.check(source, source.dataset_train_split, own.seed, ("prompt",))
+    evals.check_both(source, held_out, own.seed, ("prompt",))
     return resolved(*configs)
 
 

@@ -5,7 +5,7 @@ Gain: bits per byte of held-out text against a byte-trigram model of the same tr
 40 % fewer.
 """
 
-from posttrain import base_evals, data, evals, intervals, stage
+from posttrain import base_evals, evals, intervals, stage
 from posttrain.args import parse, resolved
 from posttrain.data import DataConfig
 from posttrain.errors import entry
@@ -19,9 +19,9 @@ ARGS = (StageConfig, DataConfig, EvalConfig, ShapeConfig, PretrainConfig, OptimC
 
 
 def check(argv, planned=()) -> dict:
-    configs = own, source, _, _, config, _ = parse(ARGS, argv)
+    configs = own, source, held_out, _, config, _ = parse(ARGS, argv)
     stage.describe_parents({"tokenizer": config.tokenizer_path}, planned)
-    data.check(source, source.dataset_train_split, own.seed, ("text",))
+    evals.check_both(source, held_out, own.seed, ("text",))
     return resolved(*configs)
 
 

@@ -5,7 +5,7 @@ Gain: pair accuracy on held-out rankings, against chance. Where rows carry the l
 their own pair accuracy is the ceiling that noise allows, and `eval_goal: 0.03` aims at 3 points below it or better.
 """
 
-from posttrain import data, evals, ranking_metrics, stage
+from posttrain import evals, ranking_metrics, stage
 from posttrain.args import parse, resolved
 from posttrain.data import DataConfig
 from posttrain.errors import entry
@@ -19,9 +19,9 @@ ARGS = (StageConfig, ModelConfig, DataConfig, RewardConfig, OptimConfig, EvalCon
 
 
 def check(argv, planned=()) -> dict:
-    configs = own, base, source, _, _, _ = parse(ARGS, argv)
+    configs = own, base, source, _, _, held_out = parse(ARGS, argv)
     stage.describe_parents({"policy": base.model_name_or_path}, planned)
-    data.check(source, source.dataset_train_split, own.seed, ("prompt",))
+    evals.check_both(source, held_out, own.seed, ("prompt",))
     return resolved(*configs)
 
 

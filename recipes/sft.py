@@ -5,9 +5,9 @@ Gains: replies that end with the turn's end token; answers judged by the first o
 model given solved examples (few-shot) where the held-out rows have `few_shot`, else asked through the same template.
 """
 
-from posttrain import data, evals, stage
+from posttrain import evals, stage
 from posttrain.args import parse, resolved
-from posttrain.chat import set_template, stop_ids
+from posttrain.chat import read_template, set_template, stop_ids
 from posttrain.data import DataConfig
 from posttrain.errors import entry
 from posttrain.evals import EvalConfig, ReplyConfig
@@ -23,7 +23,9 @@ ARGS = (StageConfig, ModelConfig, DataConfig, SFTConfig, OptimConfig, EvalConfig
 def check(argv, planned=()) -> dict:
     configs = own, model, source, config, _, held_out, _, _ = parse(ARGS, argv)
     stage.describe_parents({"policy": model.model_name_or_path}, planned)
-    data.check(source, source.dataset_train_split, own.seed, ("messages",))
+    evals.check_both(source, held_out, own.seed, ("messages",), ("prompt",))
+    if config.chat_template_path is not None:
+        read_template(config.chat_template_path)
     return resolved(*configs)
 
 

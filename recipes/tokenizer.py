@@ -4,7 +4,7 @@ accelerate launch recipes/tokenizer.py --config recipes/tiny/tokenizer.yaml [--v
 
 from dataclasses import dataclass
 
-from posttrain import data, evals, intervals, stage
+from posttrain import evals, intervals, stage
 from posttrain.args import arg, parse, resolved
 from posttrain.data import DataConfig
 from posttrain.errors import entry
@@ -23,8 +23,8 @@ ARGS = (StageConfig, DataConfig, EvalConfig, TokenizerConfig)
 
 
 def check(argv, planned=()) -> dict:
-    configs = parse(ARGS, argv)
-    data.check(configs[1], configs[1].dataset_train_split, configs[0].seed, ("text",))
+    configs = own, source, held_out, _ = parse(ARGS, argv)
+    evals.check_both(source, held_out, own.seed, ("text",))
     return resolved(*configs)
 
 

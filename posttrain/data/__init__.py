@@ -25,6 +25,8 @@ ADAPTERS = {
     "hh_pairs": "posttrain.data.preferences.hh_pairs",
 }
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+MESSAGES = "a list of {'role': ..., 'content': ...}"
+LAYOUTS = {"text": "a string", "messages": MESSAGES, "prompt": MESSAGES}
 SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
@@ -67,6 +69,13 @@ def load_rows(config: DataConfig, split: str, seed: int, columns: tuple[str, ...
                 f"{label}, row {index}: column {missing[0]!r} is missing; found {', '.join(map(str, row))}; expected "
                 f"{', '.join(columns)}: name an adapter with dataset_adapter ({', '.join(ADAPTERS)}, or a dotted path)"
             )
+        for column in columns:
+            fine = isinstance(row[column], str) if column == "text" else are_messages(row[column])
+            if column in LAYOUTS and not fine:
+                raise UserError(
+                    f"{label}, row {index}: column {column!r}: found {str(row[column])[:80]!r}, expected "
+                    f"{LAYOUTS[column]}: mend the row, or name an adapter with dataset_adapter"
+                )
     digest = hashlib.sha256()
     for index, row in enumerate(rows):
         try:
@@ -92,6 +101,14 @@ def origin(row: dict) -> str:
         users = (turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user")
         turns = next(users, None)
     return turns if isinstance(turns, str) else row_key(row)
+
+
+def are_messages(value) -> bool:
+    """Whether it is a list of {"role", "content"}; a content may be missing (tool calls), but is no other type."""
+    return isinstance(value, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | None)
+        for turn in value
+    )
 
 
 def parse_split(split: str):

@@ -187,6 +187,8 @@ class RLTrainer:
             numbers = self.policy_updater.step(batches, policy_share, rows)
             if first:
                 self._check_engine(sums)
+            else:
+                del sums["mismatch"]  # from here on it would be the updates' doing
         if self.critic is not None:
             critic = self.critic_updater.step(batches, self._value_share, rows)
             numbers |= {"value_loss": critic["loss"], "value_grad_norm": critic["grad_norm"]}
