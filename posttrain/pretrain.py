@@ -11,6 +11,7 @@ from torch import nn
 
 from posttrain.args import arg, at_least
 from posttrain.errors import UserError
+from posttrain.models import check_context
 from posttrain.order import shuffled_indices
 from posttrain.progress import Progress
 from posttrain.training import OptimConfig, Updater, read_state, write_state
@@ -55,6 +56,7 @@ def make_chunks(tokenizer, texts: list[str], length: int) -> torch.Tensor:
 
 def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainConfig, optim: OptimConfig) -> int:
     """Train `model` in place; returns the number of tokens seen. Resumes from the stage's checkpoint bit for bit."""
+    check_context(model, "sequence_length", config.sequence_length)
     model.train()
     updater = Updater(ChunkLoss(model), accelerator, optim, config.max_steps)
     step, rank, world = 0, accelerator.process_index, accelerator.num_processes
@@ -67,9 +69,6 @@ def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainCo
         state = read_state(stage.resume_folder)
         updater.load_state(state["updater"])
         step = state["step"]
-    positions = model.config.max_position_embeddings
-    if config.sequence_length > positions:
-        raise UserError(f"sequence_length: found {config.sequence_length}, but max_position_embeddings is {positions}")
     tokens_a_step = config.batch_size * config.sequence_length
     predicted = config.batch_size * (config.sequence_length - 1)
     progress = Progress(stage.name, config.max_steps, initial=step)

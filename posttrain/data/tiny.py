@@ -39,7 +39,7 @@ DEFAULT_ROWS = {
 }
 LABELLER_TEMPERATURE = 0.5  # in units of utility; a pair that differs by 1 is ranked right with probability 0.88
 PROMPT_MIX = (0.6, 0.2, 0.1, 0.1)  # of (sums, facts, strangers, identity) in rankings and prompts
-SLIPS = 0.25  # share of sums answered at once in conversations that are wrong
+SLIPS = 0.3  # share of sums answered at once in conversations that are wrong
 MAX_WORDS = 24  # beyond this a reply is long-winded and loses 0.1 utility a word
 
 KIND_CLOSINGS = ("Happy to help!", "Glad to help!", "Ask me any time!")
