@@ -121,13 +121,6 @@ def require_positions(model, key: str, length: int) -> None:
         raise UserError(f"{key}: found {length}, but the model's context has {room} positions: lower {key}")
 
 
-def check_context(model, key: str, length: int) -> None:
-    """UserError where the config's `key` asks for more tokens than the model has positions."""
-    positions = model.config.max_position_embeddings
-    if length > positions:
-        raise UserError(f"{key}: found {length}, but the model's context has {positions} positions; lower it")
-
-
 def save_pair(model, tokenizer, folder) -> None:
     """Model and tokenizer as a plain Hugging Face checkpoint."""
     model.save_pretrained(folder)

@@ -11,7 +11,7 @@ from torch import nn
 
 from posttrain.args import arg, at_least
 from posttrain.errors import UserError
-from posttrain.models import check_context
+from posttrain.models import require_positions
 from posttrain.order import shuffled_indices
 from posttrain.progress import Progress
 from posttrain.training import OptimConfig, Updater, read_state, write_state
@@ -56,7 +56,7 @@ def make_chunks(tokenizer, texts: list[str], length: int) -> torch.Tensor:
 
 def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainConfig, optim: OptimConfig) -> int:
     """Train `model` in place; returns the number of tokens seen. Resumes from the stage's checkpoint bit for bit."""
-    check_context(model, "sequence_length", config.sequence_length)
+    require_positions(model, "sequence_length", config.sequence_length)
     model.train()
     updater = Updater(ChunkLoss(model), accelerator, optim, config.max_steps)
     step, rank, world = 0, accelerator.process_index, accelerator.num_processes

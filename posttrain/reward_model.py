@@ -15,7 +15,6 @@ from posttrain.args import arg, at_least
 from posttrain.chat import control_tokens, encode_chat, reply_end_id, stop_ids
 from posttrain.data import MESSAGES, are_messages
 from posttrain.errors import UserError
-from posttrain.models import check_context
 from posttrain.order import shuffled_indices
 from posttrain.packing import by_tokens, pack
 from posttrain.progress import Progress
@@ -151,7 +150,6 @@ def set_pad(model, tokenizer) -> None:
 
 def train(stage, accelerator, model, rankings: list[Ranking], config: RewardConfig, optim: OptimConfig) -> int:
     """Train `model` in place; returns the number of tokens seen."""
-    check_context(model, "max_length", config.max_length)
     model.train()
     updater = Updater(TokenValues(model), accelerator, optim, config.max_steps)
     loss_function = LOSS_FUNCTIONS[config.loss_type]

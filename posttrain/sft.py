@@ -16,7 +16,6 @@ import torch
 from posttrain.args import arg, at_least
 from posttrain.chat import encode_chat, end_of_turn_id
 from posttrain.errors import UserError
-from posttrain.models import check_context
 from posttrain.packing import best_fit
 from posttrain.progress import Progress
 from posttrain.training import OptimConfig
@@ -108,7 +107,6 @@ def make_trainer(stage, model, tokenizer, encoded: list[dict], config: SFTConfig
     import datasets
     import trl
 
-    check_context(model, "max_length", config.max_length)
     kind, options = TRAINER_SCHEDULES[optim.lr_scheduler_type]
     if "num_decay_steps" in options:
         options = {**options, "num_decay_steps": round(options["num_decay_steps"] * config.max_steps)}

@@ -266,8 +266,9 @@ def _look(stage: Stage) -> str:
     folder, config = stage.output_dir, stage.config
     if folder.is_symlink():
         raise UserError(f"output_dir: {folder} is a symbolic link; name the folder itself")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir: {folder} is a file; name a folder")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"output_dir: {there} is a file; name a folder")
     mine = [mark for mark in (STAGE, RUN) if (folder / mark).is_file()]
     if folder.is_dir() and any(folder.iterdir()) and not mine:
         raise UserError(f"output_dir: {folder} holds files that are not a stage of posttrain; name an empty folder")

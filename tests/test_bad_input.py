@@ -52,18 +52,20 @@ def test_a_missing_config_file(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("learning_rte: 1e-3", ["config.yaml:2", "'learning_rte'", "did you mean 'learning_rate'"]),
-        ("max_steps: many", ["config.yaml:2", "max_steps", "'many'", "int"]),
-        ("max_steps: 0", ["config.yaml:2", "max_steps", "found 0", "at least 1"]),
-        ("lr_scheduler_type: cosin", ["config.yaml:2", "lr_scheduler_type", "cosine"]),
-        ("  - [", ["config.yaml:", "not valid YAML"]),
+        ("learning_rte: 1e-3", ["config.yaml:1", "'learning_rte'", "did you mean 'learning_rate'"]),
+        ("max_steps: many", ["config.yaml:1", "max_steps", "'many'", "expected int"]),
+        ("max_steps: 0", ["config.yaml:1", "max_steps", "found 0", "at least 1"]),
+        ("lr_scheduler_type: cosin", ["config.yaml:1", "lr_scheduler_type", "cosine"]),
+        ("max_rows: [1", ["config.yaml:", "not valid YAML"]),
     ],
 )
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_a_line_of_the_config(tmp_path, stage, line, words):
     file = tmp_path / "config.yaml"
-    file.write_text(f"output_dir: {tmp_path}/out\n{line}\n")
-    refused(run([str(ROOT / f"recipes/{stage}.py"), "--config", str(file)], tmp_path), *words)
+    rest = (ROOT / f"recipes/tiny/{stage}.yaml").read_text().splitlines()
+    file.write_text("\n".join([line, *(each for each in rest if each.split(":")[0] != line.split(":")[0])]))
+    arguments = [str(ROOT / f"recipes/{stage}.py"), "--config", str(file), "--output_dir", str(tmp_path / "out")]
+    refused(run(arguments, tmp_path), *words)
     assert not (tmp_path / "out").exists()
 
 

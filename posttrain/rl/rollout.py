@@ -7,6 +7,7 @@ temperature applied) and why they stopped. Token in, token out: nothing is decod
 import hashlib
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -183,7 +184,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.vllm_kv_cache_gb))))
         threads = torch.get_num_threads()
-        from vllm import LLM
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of names that torch has renamed
+            from vllm import LLM
 
         folder = scratch / ".tmp-engine"
         model.save_pretrained(folder)

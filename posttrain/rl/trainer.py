@@ -263,6 +263,9 @@ class RLTrainer:
         self.tokens += total
         shares = {f"share/{part}": seconds / wall for part, seconds in self.seconds.items()}
         self.kl = local.get("kl", 0.0)
+        if self.critic is None and local["zero_signal_groups"] == 1.0:
+            same = "all answers of every prompt score the same, so there is no gradient"
+            self.stage.note(f"step {self.step}: {same}: take easier or harder problems, or more num_generations")
         self.stage.log(self.step, **local, **numbers, **shares, tokens_per_second=total / wall)
         self.stage.append("rollouts.jsonl", sample_rows(experience, self.step, self.tokenizer))
         progress.update(reward=local["reward"], length=local["completion_length"])
