@@ -228,7 +228,7 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     import transformers
 
     transformers.utils.logging.disable_progress_bar()  # loading and saving take a moment; training has a bar of ours
-    process = accelerate.PartialState()
+    process = _processes()
     config = args.resolved(*configs)
     stage = Stage(name, config, describe_parents(parents), data, process.is_main_process)
     for path in parents.values():
@@ -246,6 +246,23 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
         _resume(stage)
     accelerate.utils.set_seed(config["seed"])
     return stage
+
+
+def _processes():
+    """Accelerate's view of the processes of this run. UserError where it sees fewer than were launched: each would
+    train alone, into the same folder."""
+    import accelerate
+    from accelerate.utils import parse_flag_from_env
+
+    # `Accelerator()` reads this flag by itself, `PartialState()` does not, and whoever comes first decides.
+    process = accelerate.PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if process.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but Accelerate runs {process.num_processes}: several processes "
+            "without a GPU each need ACCELERATE_USE_CPU=true in front of `accelerate launch --multi_gpu`"
+        )
+    return process
 
 
 def accelerator(bf16: bool):

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import ROOT, call
+from recipe_runs import LAUNCH, ROOT, call
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(900)]
 
-LAUNCH = ["accelerate", "launch", "--quiet", "--cpu", "--num_processes", "1"]
 SHORT = {"bf16": "false", "logging_steps": 1, "save_steps": 0, "warmup_steps": 0}
 REPLIES = {"use_vllm": "true", "eval_max_rows": 6, "eval_num_generations": 2, "eval_max_tokens": 16}
 OASST, HELD_OUT = "oasst_en_100/en_100_tree.jsonl", "oasst1_en_messages/messages.jsonl"
@@ -53,9 +52,7 @@ def real() -> Path:
 
 def run(stage: str, folder: Path, model: Path, **settings) -> str:
     """Run a recipe with its SmolLM2 config and these settings; returns what it printed."""
-    flags = {
-        "model_name_or_path": model, "output_dir": folder / stage, **SETTINGS[stage], **SHORT, **settings,
-    }  # fmt: skip
+    flags = {"model_name_or_path": model, "output_dir": folder / stage, **SETTINGS[stage], **SHORT, **settings}
     words = [
         word for key, value in flags.items() for word in (f"--{key}", *(value if isinstance(value, list) else [value]))
     ]

@@ -45,11 +45,11 @@ def uninterrupted(small_chain, tmp_path_factory):
     return get
 
 
-def interrupt(stage, chain, tmp_path, number):
+def interrupt(stage, chain, tmp_path, number, **changes):
     """Stop a run after a third of its steps: past a checkpoint for SIGKILL, without any for the others."""
     out, steps = tmp_path / stage, LONG[stage]["max_steps"]
     every = steps // 6 if number == KILL else 0
-    arguments = long(stage, chain, out, save_steps=every)
+    arguments = long(stage, chain, out, save_steps=every, **changes)
     stopped = Running(arguments, tmp_path).stop_at(steps // 3 + 1, number, out)
     assert not (out / "stage.json").exists(), "it had finished before the signal came"
     return arguments, stopped
@@ -72,6 +72,17 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_chain, tmp_path,
     assert again.returncode == 0, again.stderr
     assert f"resuming {out} at step {step}" in again.stdout
     assert result(out) == uninterrupted(stage)
+
+
+@pytest.mark.vllm
+def test_a_killed_run_that_samples_through_vllm_goes_on(small_chain, tmp_path):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    arguments, _ = interrupt("grpo", small_chain, tmp_path, KILL, use_vllm="true")
+    again = run(arguments, tmp_path)
+    assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
+    done = run(long("grpo", small_chain, tmp_path / "whole", use_vllm="true"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "grpo") == result(tmp_path / "whole")
 
 
 def test_python_itself_exits_143_on_sigterm(small_chain, tmp_path):

@@ -242,11 +242,12 @@ class RLTrainer:
         groups = experience.rewards.view(-1, self.config.num_generations)
         local = {
             "reward": experience.rewards.mean().item(),
-            "reward_std": groups.std(1).mean().item() if groups.shape[1] > 1 else 0.0,
-            "zero_signal_groups": (groups == groups[:, :1]).all(1).float().mean().item(),
             "completion_length": mean(rollouts.lengths),
             "cut_share": mean([c.stop == "length" for c in rollouts.completions]),
         }
+        if groups.shape[1] > 1:  # a group of one, as PPO may have, has no spread to speak of
+            local["reward_std"] = groups.std(1).mean().item()
+            local["zero_signal_groups"] = (groups == groups[:, :1]).all(1).float().mean().item()
         for name, values in experience.rewards_by_name.items():
             known = [v for v in values if v is not None]
             local[f"reward/{name}"] = mean(known) if known else 0.0
