@@ -175,8 +175,9 @@ def train(stage, accelerator, model, rankings: list[Ranking], config: RewardConf
         raise UserError(f"batch_size: found {config.batch_size}, expected a multiple of the {world} processes")
     with stage.running():
         while step < config.max_steps and not stage.stopping:
-            taken = shuffled_indices(step, config.batch_size, len(rankings), stage.config["seed"])[rank::world]
-            batch = [rankings[i] for i in taken]
+            taken = shuffled_indices(step, config.batch_size, len(rankings), stage.config["seed"])
+            tokens += sum(len(s) for i in taken for s in rankings[i].sequences)
+            batch = [rankings[i] for i in taken[rank::world]]
             sizes = [sum(map(len, ranking.sequences)) for ranking in batch]
             groups = [[batch[i] for i in group] for group in by_tokens(sizes, config.max_tokens_per_microbatch)]
 
@@ -184,7 +185,7 @@ def train(stage, accelerator, model, rankings: list[Ranking], config: RewardConf
                 return ", ".join(str(ranking.row) for ranking in batch[:8])
 
             numbers = updater.step(groups, share, rows)
-            step, tokens = step + 1, tokens + sum(sizes) * world
+            step += 1
             progress.update(loss=numbers["loss"])
             if step % stage.config["logging_steps"] == 0 or step == config.max_steps:
                 stage.log(step, **numbers, tokens=tokens)
