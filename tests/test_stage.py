@@ -216,7 +216,8 @@ def test_values_out_of_range(key, value):
 
 def test_when_a_checkpoint_is_due(tmp_path):
     run = begin(tmp_path / "toy", save_steps=3)
-    assert [step for step in range(1, 10) if run.due(step, 9)] == [3, 6]  # the last step ends in the stage itself
+    assert [step for step in range(1, 10) if run.due(step, 9)] == [3, 6, 9]
+    assert run.due(10, 10)  # the last step too: the evaluation that follows can be interrupted
     assert not any(begin(tmp_path / "none").due(step, 9) for step in range(1, 10))
 
 
