@@ -155,14 +155,16 @@ def measured_kl(rollouts: Rollouts, policy, reference) -> dict:
 def measure_base(engine, tokenizer, rows, config: ReplyConfig, stop_ids) -> tuple[dict, list[dict]]:
     """As `measure_replies` for a model that has not learned turns: its answers are taken after solved examples where
     the rows have them (`few_shot`), whether it ends its replies from the chat prompt."""
-    chat = sample_replies(engine, tokenizer, rows, config, stop_ids)
+    examples = all("few_shot" in row for row in rows)
+    once = replace(config, eval_num_generations=1)  # replies that never end are long: one a prompt says as much
+    chat = sample_replies(engine, tokenizer, rows, once if examples else config, stop_ids)
     metrics = judge(chat, tokenizer, config.eval_reward_funcs)
-    if all("few_shot" in row for row in rows):
+    if examples:
         n, size = config.eval_num_generations, config.eval_max_tokens
-        shots = sample_after_examples(engine, tokenizer, rows, n, size, EVAL_SEED)
-        metrics |= {
-            k: v for k, v in judge(shots, tokenizer, config.eval_reward_funcs).items() if k != "replies that end"
-        }
+        shots = judge(
+            sample_after_examples(engine, tokenizer, rows, n, size, EVAL_SEED), tokenizer, config.eval_reward_funcs
+        )
+        metrics = shots | {"replies that end": metrics["replies that end"]}
     return metrics, rollouts_as_samples(chat, tokenizer, config.eval_num_samples)
 
 
