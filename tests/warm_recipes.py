@@ -13,7 +13,6 @@ import traceback
 
 import accelerate  # noqa: F401
 import datasets  # noqa: F401
-import matplotlib  # noqa: F401
 import trl
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Trainer  # noqa: F401
 

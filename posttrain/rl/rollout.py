@@ -184,9 +184,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.vllm_kv_cache_gb))))
         threads = torch.get_num_threads()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of names that torch has renamed
-            from vllm import LLM
+        # vLLM's own use of names that torch has renamed is nothing a user can mend.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+        from vllm import LLM
 
         folder = scratch / ".tmp-engine"
         model.save_pretrained(folder)
