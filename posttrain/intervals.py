@@ -15,9 +15,13 @@ def measured(values: list[float], unit: str = "") -> dict:
     else:
         spread = math.fsum((v - mean) ** 2 for v in values) / max(1, n - 1)
         low, high = mean - 1.96 * math.sqrt(spread / n), mean + 1.96 * math.sqrt(spread / n)
-    if unit == "%":  # a share
+    return _figure(mean, low, high, n, unit)
+
+
+def _figure(value: float, low: float, high: float, n: int, unit: str) -> dict:
+    if unit == "%":  # a share lies between 0 and 1
         low, high = max(0.0, low), min(1.0, high)
-    return {"value": mean, "low": low, "high": high, "n": n, "unit": unit}
+    return {"value": value, "low": low, "high": high, "n": n, "unit": unit}
 
 
 def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -33,7 +37,7 @@ def measured_ratio(above: list[float], below: list[float], unit: str) -> dict:
     mean_below = math.fsum(below) / n
     errors = [(a - ratio * b) / mean_below for a, b in zip(above, below, strict=True)]
     half = 1.96 * math.sqrt(math.fsum(e * e for e in errors) / max(1, n - 1) / n)
-    return {"value": ratio, "low": ratio - half, "high": ratio + half, "n": n, "unit": unit}
+    return _figure(ratio, ratio - half, ratio + half, n, unit)
 
 
 def pass_at_k(correct: int, n: int, k: int) -> float:
