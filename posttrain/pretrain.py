@@ -14,7 +14,7 @@ from posttrain.errors import UserError
 from posttrain.models import require_positions
 from posttrain.order import shuffled_indices
 from posttrain.progress import Progress
-from posttrain.training import OptimConfig, Updater, read_state, write_state
+from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
 
 
 @dataclass
@@ -60,8 +60,7 @@ def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainCo
     model.train()
     updater = Updater(ChunkLoss(model), accelerator, optim, config.max_steps)
     step, rank, world = 0, accelerator.process_index, accelerator.num_processes
-    if config.batch_size % world:
-        raise UserError(f"batch_size: found {config.batch_size}, expected a multiple of the {world} processes")
+    require_multiple(config, "batch_size", world)
     if stage.resume_folder is not None:
         from safetensors.torch import load_model
 

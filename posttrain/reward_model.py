@@ -19,7 +19,7 @@ from posttrain.order import shuffled_indices
 from posttrain.packing import by_tokens, pack
 from posttrain.progress import Progress
 from posttrain.rl.logprobs import TokenValues
-from posttrain.training import OptimConfig, Updater, read_state, write_state
+from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
 
 LOSSES = ("plackett_luce", "bradley_terry")
 
@@ -171,8 +171,7 @@ def train(stage, accelerator, model, rankings: list[Ranking], config: RewardConf
 
     progress = Progress(stage.name, config.max_steps, initial=step)
     rank, world = accelerator.process_index, accelerator.num_processes
-    if config.batch_size % world:
-        raise UserError(f"batch_size: found {config.batch_size}, expected a multiple of the {world} processes")
+    require_multiple(config, "batch_size", world)
     with stage.running():
         while step < config.max_steps and not stage.stopping:
             taken = shuffled_indices(step, config.batch_size, len(rankings), stage.config["seed"])

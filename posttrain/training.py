@@ -55,6 +55,13 @@ def schedule(kind: str, step: int, total: int, warmup: int) -> float:
     return 1.0
 
 
+def require_multiple(config, key: str, world: int) -> None:
+    """Check that every process gets as many rows of a step. UserError naming the key where it does not divide."""
+    found = getattr(config, key)
+    if found % world:
+        raise UserError(f"{key}: found {found}, expected a multiple of the {world} processes")
+
+
 class Updater:
     """AdamW over one model under Accelerate. `model` is the prepared module: call it, never the bare one, in a loss.
 

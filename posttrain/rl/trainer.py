@@ -24,7 +24,7 @@ from posttrain.rl.losses import clipped_policy_loss, clipped_value_loss, kl_esti
 from posttrain.rl.rollout import Sampling, model_logps, sample_seed
 from posttrain.rl.scoring import call_rewards, sample_rows, total_rewards
 from posttrain.rl.types import Experience, Rollouts
-from posttrain.training import OptimConfig, Updater, read_state, write_state
+from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
 
 
 class RLTrainer:
@@ -47,9 +47,7 @@ class RLTrainer:
         if critic is not None:
             critic.eval()
             self.critic_updater = Updater(TokenValues(critic), accelerator, optim, updates, ppo.critic_learning_rate)
-        if config.num_prompts % accelerator.num_processes:
-            world = accelerator.num_processes
-            raise UserError(f"num_prompts: found {config.num_prompts}, expected a multiple of the {world} processes")
+        require_multiple(config, "num_prompts", accelerator.num_processes)
         if stage.resume_folder is not None:
             self._load(stage.resume_folder)
 
@@ -274,7 +272,7 @@ class RLTrainer:
     def _save(self) -> None:
         def write(folder):
             self.policy.save_pretrained(folder / "policy")
-            state = {"policy": self.policy_updater.state(), "tokens": self.tokens}
+            state = {"policy": self.policy_updater.state(), "tokens": self.tokens, "step": self.step}
             if self.critic is not None:
                 self.critic.save_pretrained(folder / "critic")
                 state["critic"] = self.critic_updater.state()
@@ -291,7 +289,7 @@ class RLTrainer:
         if self.critic is not None:
             load_model(self.critic, folder / "critic" / "model.safetensors")
             self.critic_updater.load_state(state["critic"])
-        self.tokens, self.step = state["tokens"], int(folder.name.removeprefix("step-"))
+        self.tokens, self.step = state["tokens"], state["step"]
 
 
 def load_reference(base: ModelConfig, device):
