@@ -13,7 +13,8 @@ from posttrain.errors import entry
 from posttrain.evals import EvalConfig, ReplyConfig
 from posttrain.models import ModelConfig, load_pair, require_positions, save_pair
 from posttrain.rl.rollout import EngineConfig, make_engine
-from posttrain.sft import SFTConfig, encode_rows, make_trainer, train
+from posttrain.sft import SFTConfig, make_trainer, train
+from posttrain.sft_rows import encode_rows
 from posttrain.stage import StageConfig
 from posttrain.training import OptimConfig
 

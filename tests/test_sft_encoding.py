@@ -18,7 +18,8 @@ from posttrain.chat import end_of_turn_id
 from posttrain.data import tiny
 from posttrain.errors import UserError
 from posttrain.packing import best_fit
-from posttrain.sft import SFTConfig, collate, encode_rows, make_trainer, pack_rows, train
+from posttrain.sft import SFTConfig, make_trainer, train
+from posttrain.sft_rows import collate, encode_rows, pack_rows
 from posttrain.stage import StageConfig
 from posttrain.training import OptimConfig
 

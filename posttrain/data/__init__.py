@@ -15,15 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posttrain.args import arg
+from posttrain.data.adapters import ADAPTERS
 from posttrain.errors import UserError
 
-ADAPTERS = {
-    "oasst_conversations": "posttrain.data.oasst.oasst_conversations",
-    "oasst_rankings": "posttrain.data.oasst.oasst_rankings",
-    "gsm8k": "posttrain.data.math.gsm8k",
-    "gsm8k_conversations": "posttrain.data.math.gsm8k_conversations",
-    "hh_pairs": "posttrain.data.preferences.hh_pairs",
-}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 MESSAGES = "a list of {'role': ..., 'content': ...}"
 LAYOUTS = {"text": "a string", "messages": MESSAGES, "prompt": MESSAGES}
