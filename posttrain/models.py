@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from posttrain.args import arg
 from posttrain.errors import UserError
+from posttrain.lora import LoraArgs, quantization, save_model
 
 DTYPES = ("float32", "bfloat16")
 
@@ -44,19 +45,21 @@ def load_tokenizer(name: str, revision: str | None = None):
     return _load(AutoTokenizer, name, "tokenizer", revision=revision)
 
 
-def load_causal_lm(config: ModelConfig):
+def load_causal_lm(config: ModelConfig, **kwargs):
     """A causal LM with dropout left to train()/eval()."""
     from transformers import AutoModelForCausalLM
 
-    model = _load_weights(AutoModelForCausalLM, config)
+    model = _load_weights(AutoModelForCausalLM, config, **kwargs)
     if any(name.endswith("ForSequenceClassification") for name in model.config.architectures or ()):
         raise UserError(f"model {config.model_name_or_path!r} is a reward model: name the model it was trained from")
     return model
 
 
-def load_pair(config: ModelConfig, device="cpu"):
-    """(causal LM on `device`, its tokenizer)."""
-    return load_causal_lm(config).to(device), load_tokenizer(config.model_name_or_path, config.model_revision)
+def load_pair(config: ModelConfig, device="cpu", lora: LoraArgs | None = None):
+    """(causal LM on `device`, its tokenizer); with QLoRA asked for, the frozen weights in 4 bits."""
+    quantised = {} if lora is None else quantization(lora)
+    model = load_causal_lm(config, **quantised).to(device)
+    return model, load_tokenizer(config.model_name_or_path, config.model_revision)
 
 
 def load_scalar_model(config: ModelConfig, **kwargs):
@@ -122,6 +125,6 @@ def require_positions(model, key: str, length: int) -> None:
 
 
 def save_pair(model, tokenizer, folder) -> None:
-    """Model and tokenizer as a plain Hugging Face checkpoint."""
-    model.save_pretrained(folder)
+    """Model and tokenizer as a plain Hugging Face checkpoint, adapters merged (and apart in adapter/)."""
+    save_model(model, folder)
     tokenizer.save_pretrained(folder)

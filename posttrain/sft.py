@@ -10,13 +10,14 @@ batch to one row unless FlashAttention is there: on a CPU its attention then gro
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from posttrain.args import arg, at_least
 from posttrain.errors import UserError
 from posttrain.progress import Progress
-from posttrain.sft_rows import collate, pack_rows
+from posttrain.sft_rows import collate, pack_rows, single_rows
 from posttrain.training import OptimConfig
 
 TRAINER_SCHEDULES = {
@@ -38,13 +39,48 @@ class SFTConfig:
     per_device_train_batch_size: int = arg(16, help="packed rows of one forward and backward on each process")
     gradient_accumulation_steps: int = arg(1, help="forwards and backwards of one optimizer step")
     gradient_checkpointing: bool = arg(False, help="recompute activations in the backward: less memory, more time")
+    packing: bool = arg(True, help="several conversations a row, isolated; false: one a row, padded")
+    neftune_noise_alpha: float | None = arg(
+        None, help="NEFTune (2310.05914): noise of alpha / sqrt(tokens of a row x width) on the embeddings, e.g. 5"
+    )
+    use_liger_kernel: str = arg("auto", help="Liger's fused kernels: auto, where there is a GPU; true; false")
+    liger_kernel_config: dict = arg({}, help="which of them, as transformers names them, e.g. {rms_norm: false}")
 
     def __post_init__(self):
+        self.use_liger_kernel = str(self.use_liger_kernel).lower()
+        if self.use_liger_kernel not in ("auto", "true", "false"):
+            raise UserError(f"use_liger_kernel: found {self.use_liger_kernel!r}, expected auto, true or false")
+        if self.neftune_noise_alpha is not None and self.neftune_noise_alpha <= 0:
+            raise UserError(f"neftune_noise_alpha: found {self.neftune_noise_alpha}, expected null or more than 0")
         at_least(self, max_length=2, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=1)
 
 
-def make_trainer(stage, model, tokenizer, encoded: list[dict], config: SFTConfig, optim: OptimConfig):
-    """TRL's trainer over our packed rows, with the stage's checkpoints, log and stop."""
+def liger_obstacle() -> str | None:
+    """Why Liger's kernels cannot run here; None where they can."""
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return (
+        "Liger's Triton kernels need a GPU, and torch sees none (TRITON_INTERPRET=1 runs them on a CPU, very slowly)"
+    )
+
+
+def takes_liger(setting: str, stage) -> bool:
+    """Whether Liger is used; the stage is told where it cannot be. UserError where it is asked for and cannot."""
+    obstacle = liger_obstacle()
+    if setting == "true" and obstacle:
+        raise UserError(f"use_liger_kernel: true, but {obstacle}; or --use_liger_kernel auto")
+    if setting == "auto" and obstacle:
+        stage.note(f"no Liger kernels: {obstacle.split(' (')[0]}")
+    return setting != "false" and obstacle is None
+
+
+def make_trainer(
+    stage, model, tokenizer, encoded: list[dict], config: SFTConfig, optim: OptimConfig, eval_steps=0, evaluate=None
+):
+    """TRL's trainer over our rows, with the stage's checkpoints, log and stop.
+
+    `evaluate(step)` gives numbers for the log every `eval_steps` steps, on the main process.
+    """
     import datasets
     import trl
 
@@ -73,9 +109,13 @@ def make_trainer(stage, model, tokenizer, encoded: list[dict], config: SFTConfig
         save_strategy="no",  # the callback says when, as in every stage
         report_to="none",
         remove_unused_columns=False,
+        include_num_input_tokens_seen="all",
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         use_cpu=not torch.cuda.is_available(),
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        use_liger_kernel=takes_liger(config.use_liger_kernel, stage),
+        liger_kernel_config=config.liger_kernel_config or None,
     )
 
     class Trainer(trl.SFTTrainer):
@@ -85,11 +125,13 @@ def make_trainer(stage, model, tokenizer, encoded: list[dict], config: SFTConfig
             watch.rows.append(inputs.pop("rows"))
             return super().compute_loss(model, inputs, **kwargs)
 
-    watch = make_watch(stage, config)
-    packed = datasets.Dataset.from_list(pack_rows(encoded, config.max_length, tokenizer.pad_token_id or 0))
+    watch = make_watch(stage, config, eval_steps, evaluate)
+    pad_id = tokenizer.pad_token_id or 0
+    rows = pack_rows(encoded, config.max_length, pad_id) if config.packing else single_rows(encoded)
+    packed = datasets.Dataset.from_list(rows)
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=packed, data_collator=collate, processing_class=tokenizer,
-        callbacks=[watch],
+        model=model, args=arguments, train_dataset=packed, data_collator=partial(collate, pad_id=pad_id),
+        processing_class=tokenizer, callbacks=[watch],
     )  # fmt: skip
     from transformers import PrinterCallback
 
@@ -97,7 +139,7 @@ def make_trainer(stage, model, tokenizer, encoded: list[dict], config: SFTConfig
     return trainer
 
 
-def make_watch(stage, config: SFTConfig):
+def make_watch(stage, config: SFTConfig, eval_steps: int = 0, evaluate=None):
     """The callback that ties Hugging Face's loop to the stage: log, progress, atomic checkpoints, stops."""
     from transformers import TrainerCallback
 
@@ -120,15 +162,19 @@ def make_watch(stage, config: SFTConfig):
 
         def on_step_end(self, args, state, control, **_):
             self.progress.update()
+            if stage.main and eval_steps and state.global_step % eval_steps == 0 and not stage.stopping:
+                numbers = evaluate(state.global_step)
+                stage.log(state.global_step, **numbers)
+                self.progress.update(0, **numbers)
             control.should_training_stop |= stage.stopping
             control.should_save |= stage.due(state.global_step, config.max_steps)
 
         def on_log(self, args, state, control, logs=None, **_):
             numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
             if "loss" in numbers:
-                # TRL's own num_tokens counts one row of a batch and starts again at 0 in a resumed run.
-                kept = {k: v for k, v in numbers.items() if k not in ("epoch", "num_tokens")}
-                stage.log(state.global_step, **kept, tokens=state.global_step * tokens_a_step(args, config.max_length))
+                # TRL's num_tokens counts one row of a batch and starts again at 0 in a resumed run; this one does not.
+                kept = {k: v for k, v in numbers.items() if k != "epoch" and not k.startswith(("num_", "train_"))}
+                stage.log(state.global_step, **kept, tokens=state.num_input_tokens_seen)
                 self.progress.update(0, loss=numbers["loss"])
 
         def on_save(self, args, state, control, **_):
@@ -155,10 +201,4 @@ def train(trainer, stage) -> int:
     finally:
         if stage.main:  # a full disk leaves half of what the Trainer writes in place
             shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-    return trainer.state.global_step * tokens_a_step(trainer.args, len(trainer.train_dataset[0]["input_ids"]))
-
-
-def tokens_a_step(arguments, width: int) -> int:
-    """Tokens of one optimizer step over all processes, padding included; packed rows have `width` tokens."""
-    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return rows * width
+    return trainer.state.num_input_tokens_seen

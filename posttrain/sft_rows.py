@@ -61,9 +61,15 @@ def pack_rows(encoded: list[dict], width: int, pad_id: int) -> list[dict]:
     return packed
 
 
-def collate(rows: list[dict]) -> dict:
-    """Tensors (B, width), and `rows` (B, most conversations in a row; -1 where fewer) to name them in an error."""
-    batch = {key: torch.tensor([row[key] for row in rows]) for key in ("input_ids", "position_ids", "labels")}
+def single_rows(encoded: list[dict]) -> list[dict]:
+    """One conversation a row, of its own length: for attention that cannot keep packed conversations apart."""
+    return [{**e, "position_ids": list(range(len(e["input_ids"]))), "rows": [e["row"]]} for e in encoded]
+
+
+def collate(rows: list[dict], pad_id: int = 0) -> dict:
+    width, batch = max(len(row["input_ids"]) for row in rows), {}
+    for key, fill in (("input_ids", pad_id), ("position_ids", 0), ("labels", -100)):
+        batch[key] = torch.tensor([row[key] + [fill] * (width - len(row[key])) for row in rows])
     most = max(len(row["rows"]) for row in rows)
     batch["rows"] = torch.tensor([row["rows"] + [-1] * (most - len(row["rows"])) for row in rows])
     return batch

@@ -42,6 +42,7 @@ class StageConfig:
     save_total_limit: int = arg(1, help="how many complete checkpoints are kept while running")
     keep_checkpoints: bool = arg(False, help="keep checkpoints/ after the stage has finished")
     logging_steps: int = arg(10, help="a line in log.jsonl every so many steps")
+    allow: list[str] = arg([], help="conditions of the gate that may pass; `posttrain inspect` names them")
 
     def __post_init__(self):
         if self.resume not in ("auto", "must", "never"):
@@ -355,7 +356,7 @@ def _resume(stage: Stage) -> None:
     manifest = checkpoint.read_manifest(stage.resume_folder)
     stage.elapsed_before = manifest["elapsed"]
     if stage.main:
-        for name in (LOG, "rollouts.jsonl"):
+        for name in (LOG, "rollouts.jsonl", "samples.jsonl"):
             file = stage.output_dir / name
             if file.is_file():
                 lines = file.read_bytes().splitlines(keepends=True)  # str.splitlines also cuts at U+2028 and others

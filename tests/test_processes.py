@@ -85,12 +85,20 @@ def test_two_processes_of_grpo_share_the_prompts_and_hold_the_same_weights(small
     assert len(weights) == 2
 
 
-def test_sft_runs_in_two_processes(small_chain, tmp_path):
-    done = two(*argv("sft", small_chain, tmp_path / "sft", max_steps=2))
+@pytest.mark.parametrize("use_peft", ["false", "true"])
+def test_two_processes_of_sft_train_as_one(small_chain, tmp_path, use_peft):
+    """Two rows each are the four rows of one; the mean is over the tokens of all."""
+    settings = {"max_steps": 3, "warmup_steps": 0, "use_peft": use_peft, "loss_dataset_split": "test", "eval_steps": 2}
+    done = two(*argv("sft", small_chain, tmp_path / "two", per_device_train_batch_size=2, **settings))
     assert done.returncode == 0, done.stderr
-    found = manifest(tmp_path / "sft")
-    assert found["machine"]["world_size"] == 2 and found["tokens"] == 2 * 2 * 2 * 320
-    assert [line["step"] for line in log(tmp_path / "sft")] == [1, 2]
+    alone = run(argv("sft", small_chain, tmp_path / "one", per_device_train_batch_size=4, **settings), tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    one, other = manifest(tmp_path / "one"), manifest(tmp_path / "two")
+    assert (one["machine"]["world_size"], other["machine"]["world_size"]) == (1, 2)
+    assert one["tokens"] == other["tokens"] == 3 * 4 * 320
+    for key in ("loss", "grad_norm", "held_out_loss"):
+        lines = [[line[key] for line in log(tmp_path / name) if key in line] for name in ("one", "two")]
+        assert len(lines[0]) == (1 if key == "held_out_loss" else 3) and lines[1] == pytest.approx(lines[0], rel=1e-3)
 
 
 def test_a_batch_that_does_not_divide_is_refused(small_chain, tmp_path):

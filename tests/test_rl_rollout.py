@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rl_helpers import plain_logps, signals_restored, start_stage, tiny_llama, tiny_tokenizer
-from vllm_probe import NEVER, hf_greedy, prompts
+from vllm_probe import NEVER, hf_greedy, model_of, prompts
 
 from posttrain.errors import UserError
 from posttrain.rl.rollout import EngineConfig, HFEngine, Sampling, make_engine, sample_seed
@@ -133,7 +133,7 @@ def test_use_vllm_takes_three_words():
         EngineConfig(use_vllm="maybe")
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "lora"])
 def probe(request, tmp_path_factory):
     """What vllm_probe.py wrote down, with the trainer's weights after the first and after the last sync."""
     if find_spec("vllm") is None:
@@ -147,10 +147,9 @@ def probe(request, tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(result.read_text())
-    model = tiny_llama(seed=2, tied=request.param == "tied")
-    models = {"before": model}
+    models = {"before": model_of(request.param)}
     for key, suffix in {"synced": ".pt", "synced_again": ".again.pt"}.items():
-        models[key] = tiny_llama(seed=2, tied=request.param == "tied")
+        models[key] = model_of(request.param)
         models[key].load_state_dict(torch.load(result.with_suffix(suffix), weights_only=True))
     return found, models
 

@@ -1,5 +1,5 @@
 """Run a real vLLM engine beside a trainer's model and write down what both say. One engine lives in a process, so
-tests run this file: `python tests/vllm_probe.py tied|untied RESULT.json`.
+tests run this file: `python tests/vllm_probe.py tied|untied|lora RESULT.json`.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rl_helpers import perturb, tiny_llama, tiny_tokenizer
 
+from posttrain.lora import LoraArgs, add_adapter
 from posttrain.rl.rollout import EngineConfig, Sampling, VLLMEngine
 
 NEVER = ()  # nothing stops a reply: outputs are as long as asked
@@ -42,8 +43,16 @@ def facts(engine, model) -> dict:
     }
 
 
+def model_of(kind: str):
+    """A tiny Llama: tied, untied, or tied with LoRA adapters and trained rows of its embeddings."""
+    model = tiny_llama(seed=2, tied=kind != "untied")
+    if kind == "lora":
+        add_adapter(model, LoraArgs(use_peft=True, lora_r=4), token_ids=[5, 6])
+    return model
+
+
 def main(kind: str, result: str) -> None:
-    tokenizer, model = tiny_tokenizer(), tiny_llama(seed=2, tied=kind == "tied")
+    tokenizer, model = tiny_tokenizer(), model_of(kind)
     tokenizer.save_pretrained(Path(result).with_suffix(""))
     threads = torch.get_num_threads()
     torch.manual_seed(123)

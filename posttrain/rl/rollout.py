@@ -18,6 +18,7 @@ import torch
 
 from posttrain.args import arg
 from posttrain.errors import UserError
+from posttrain.lora import merged_weights, save_model
 from posttrain.packing import by_tokens, pack
 from posttrain.rl.logprobs import TokenLogps, completion_positions
 from posttrain.rl.types import Completion
@@ -188,7 +189,7 @@ class VLLMEngine:
         from vllm import LLM
 
         folder = scratch / ".tmp-engine"
-        model.save_pretrained(folder)
+        save_model(model, folder)
         tokenizer.save_pretrained(folder)
         try:
             with torch.random.fork_rng():
@@ -217,9 +218,8 @@ class VLLMEngine:
         return vllm.__version__
 
     def sync_weights(self, model) -> None:
-        """Load `model`'s weights into the engine and forget cached prefixes, which belong to the old ones."""
-        weights = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        """Load `model`'s weights, adapters added; forget cached prefixes, which belong to the old ones."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
         if self.tied:
             self.llm.apply_model(_repack_tied_head)
         self.llm.reset_prefix_cache()
