@@ -8,6 +8,7 @@ packing do not change), and its weights with the adapters added, under their pla
 W' = W + (alpha / r) B A (Hu et al. 2021, arXiv 2106.09685); 4-bit base weights: Dettmers et al. 2023, 2305.14314.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,6 +17,9 @@ import torch
 
 from posttrain.args import arg, at_least
 from posttrain.errors import UserError
+
+# Accelerate imports bitsandbytes wherever it is installed, and on some CPUs that warns of a kernel it could download.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 ADAPTER = "default"  # peft's own name for the only one
 ADAPTER_DIR = "adapter"

@@ -182,7 +182,7 @@ def _rank(name: str) -> tuple:
 def panels(log: list[dict]) -> tuple[list[dict], dict[str, float]]:
     """Numeric series of a log -> panels {"name", "lines", "skipped"}, most important first, and those with one value.
 
-    `eval_loss`, `eval/loss` and `loss` share a panel. `skipped` counts values that are not finite. A step logged twice
+    `eval_loss`, `held_out_loss` and `loss` share a panel. `skipped` counts values that are not finite. A step logged twice
     (a stage that was resumed) counts once, with the later value.
     """
     series: dict[str, dict[float, float]] = {}
@@ -198,7 +198,7 @@ def panels(log: list[dict]) -> tuple[list[dict], dict[str, float]]:
             single[name] = points[-1][1] if points else math.nan
             continue
         base = name
-        for prefix in ("eval_", "eval/", "train_", "train/"):
+        for prefix in ("eval_", "eval/", "held_out_", "train_", "train/"):
             base = base.removeprefix(prefix)
         panel = grouped.setdefault(base, {"name": base, "lines": {}, "skipped": 0})
         panel["lines"][name] = points

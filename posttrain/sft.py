@@ -39,6 +39,7 @@ class SFTConfig:
     per_device_train_batch_size: int = arg(16, help="packed rows of one forward and backward on each process")
     gradient_accumulation_steps: int = arg(1, help="forwards and backwards of one optimizer step")
     gradient_checkpointing: bool = arg(False, help="recompute activations in the backward: less memory, more time")
+    stream_buffer: int = arg(1000, help="streaming: conversations shuffled and packed together")
     packing: bool = arg(True, help="several conversations a row, isolated; false: one a row, padded")
     neftune_noise_alpha: float | None = arg(
         None, help="NEFTune (2310.05914): noise of alpha / sqrt(tokens of a row x width) on the embeddings, e.g. 5"
@@ -52,16 +53,15 @@ class SFTConfig:
             raise UserError(f"use_liger_kernel: found {self.use_liger_kernel!r}, expected auto, true or false")
         if self.neftune_noise_alpha is not None and self.neftune_noise_alpha <= 0:
             raise UserError(f"neftune_noise_alpha: found {self.neftune_noise_alpha}, expected null or more than 0")
-        at_least(self, max_length=2, max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=1)
+        at_least(self, max_length=2, max_steps=1, stream_buffer=1)
+        at_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1)
 
 
 def liger_obstacle() -> str | None:
     """Why Liger's kernels cannot run here; None where they can."""
     if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    return (
-        "Liger's Triton kernels need a GPU, and torch sees none (TRITON_INTERPRET=1 runs them on a CPU, very slowly)"
-    )
+    return "Liger's Triton kernels need a GPU, and torch sees none (TRITON_INTERPRET=1 runs them on a CPU, slowly)"
 
 
 def takes_liger(setting: str, stage) -> bool:
@@ -74,20 +74,14 @@ def takes_liger(setting: str, stage) -> bool:
     return setting != "false" and obstacle is None
 
 
-def make_trainer(
-    stage, model, tokenizer, encoded: list[dict], config: SFTConfig, optim: OptimConfig, eval_steps=0, evaluate=None
-):
-    """TRL's trainer over our rows, with the stage's checkpoints, log and stop.
-
-    `evaluate(step)` gives numbers for the log every `eval_steps` steps, on the main process.
-    """
-    import datasets
+def trainer_arguments(stage, config: SFTConfig, optim: OptimConfig):
+    """Our keys as TRL names them. It neither saves nor reports by itself: the stage does."""
     import trl
 
     kind, options = TRAINER_SCHEDULES[optim.lr_scheduler_type]
     if "num_decay_steps" in options:
         options = {**options, "num_decay_steps": round(options["num_decay_steps"] * config.max_steps)}
-    arguments = trl.SFTConfig(
+    return trl.SFTConfig(
         output_dir=str(stage.output_dir / "checkpoints" / ".trainer"),
         max_steps=config.max_steps,
         per_device_train_batch_size=config.per_device_train_batch_size,
@@ -118,6 +112,15 @@ def make_trainer(
         liger_kernel_config=config.liger_kernel_config or None,
     )
 
+
+def make_trainer(stage, model, tokenizer, encoded, config: SFTConfig, optim: OptimConfig, eval_steps=0, evaluate=None):
+    """TRL's trainer over a list or a stream of our rows, with the stage's checkpoints, log and stop.
+
+    `evaluate(step)` gives numbers for the log every `eval_steps` steps, on the main process.
+    """
+    import datasets
+    import trl
+
     class Trainer(trl.SFTTrainer):
         """Takes the row numbers out of the batch, so that a stop can name them."""
 
@@ -127,11 +130,14 @@ def make_trainer(
 
     watch = make_watch(stage, config, eval_steps, evaluate)
     pad_id = tokenizer.pad_token_id or 0
-    rows = pack_rows(encoded, config.max_length, pad_id) if config.packing else single_rows(encoded)
-    packed = datasets.Dataset.from_list(rows)
+    if isinstance(encoded, list):
+        rows = pack_rows(encoded, config.max_length, pad_id) if config.packing else single_rows(encoded)
+        dataset = datasets.Dataset.from_list(rows)
+    else:
+        dataset = encoded.dataset()
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=packed, data_collator=partial(collate, pad_id=pad_id),
-        processing_class=tokenizer, callbacks=[watch],
+        model=model, args=trainer_arguments(stage, config, optim), train_dataset=dataset, processing_class=tokenizer,
+        data_collator=partial(collate, pad_id=pad_id), callbacks=[watch],
     )  # fmt: skip
     from transformers import PrinterCallback
 

@@ -117,6 +117,7 @@ class Stage:
         self.resume_folder: Path | None = None
         self.started, self.elapsed_before = time.monotonic(), 0.0
         self.signal: int | None = None
+        self.gate: dict | None = None  # what posttrain.gate checked, and what it found and was allowed to pass
         self._deferring = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -208,6 +209,7 @@ class Stage:
             "metrics": metrics,
             "gains": list(gains),
             "samples": list(samples),
+            "gate": self.gate,
             "wall_time_s": round(self.elapsed, 1),
             "tokens": tokens,
             **facts,
