@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from posttrain.args import arg, at_least
 from posttrain.base_evals import sample_after_examples
 from posttrain.chat import decode, encode_chat
-from posttrain.data import DataConfig, check, load_rows, origin
+from posttrain.data import DataConfig, check, check_leaks, load_rows, separate
 from posttrain.errors import UserError
 from posttrain.intervals import clearly_higher, gain, measured, pass_at_k
 from posttrain.rewards import load_reward
@@ -28,6 +28,7 @@ class EvalConfig:
     eval_dataset_config: str | None = arg(None, help="none = dataset_config")
     eval_dataset_split: str = arg("test", help="split, or a slice such as train[-100:]")
     eval_dataset_adapter: str | None = arg(None, help="none = dataset_adapter where the data set is the same")
+    eval_dataset_adapter_options: dict = arg({}, help="its keywords; none = those of dataset_adapter, if it is that")
     eval_max_rows: int | None = arg(None, help="use so many rows")
     eval_goal: float = arg(0.0, help="gain the stage aims at; what it counts stands in the recipe's first lines")
 
@@ -52,14 +53,23 @@ class ReplyConfig:
 
 
 def eval_data(data: DataConfig, config: EvalConfig) -> DataConfig:
-    """The data keys of the evaluation: those of training where the evaluation's own are not set."""
+    """The data keys of the evaluation: those of training where the evaluation's own are not set. A mixture is only
+    trained on, so beside one the held-out rows need a name of their own (UserError)."""
+    if data.dataset_mixture and config.eval_dataset_name is None:
+        raise UserError("eval_dataset_name: not set, and beside dataset_mixture the held-out rows need a name")
     same = config.eval_dataset_name in (None, data.dataset_name)
+    adapter = config.eval_dataset_adapter or (data.dataset_adapter if same else None)
+    inherited = data.dataset_adapter_options if adapter == data.dataset_adapter else {}
     return replace(
         data,
         dataset_name=config.eval_dataset_name or data.dataset_name,
         dataset_config=config.eval_dataset_config or (data.dataset_config if same else None),
-        dataset_adapter=config.eval_dataset_adapter or (data.dataset_adapter if same else None),
+        dataset_adapter=adapter,
+        dataset_adapter_options=config.eval_dataset_adapter_options or inherited,
+        dataset_revision=data.dataset_revision if same else None,
+        dataset_mixture=[],
         max_rows=config.eval_max_rows,
+        streaming=data.streaming and config.eval_max_rows is not None,
     )
 
 
@@ -72,20 +82,15 @@ def check_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_co
 def load_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None) -> tuple[list, list, list]:
     """(rows to train on, held-out rows, descriptions of both for the manifest).
 
-    A held-out row that begins with a training row's first user turn is left out: it belongs to the same tree.
+    What both share is dealt with as `on_leak` says: unless it says otherwise, held-out rows that begin with a training
+    row's first user turn are left out, for they belong to the same tree.
     """
     rows, description = load_rows(data, data.dataset_train_split, seed, columns)
-    source = eval_data(data, config)
-    test, test_description = load_rows(source, config.eval_dataset_split, seed, eval_columns or columns)
-    seen = {origin(row) for row in rows}
-    unseen = [row for row in test if origin(row) not in seen]
-    if not unseen:
-        raise UserError(
-            f"eval_dataset_split: all {len(test)} held-out rows of {test_description['name']} are training rows, too: "
-            "name another split or slice, such as --dataset_train_split train[:-100] --eval_dataset_split train[-100:]"
-        )
-    test_description |= {"rows": len(unseen), "dropped_as_seen": len(test) - len(unseen)}
-    return rows, unseen, [description, test_description]
+    test, held_out = load_rows(eval_data(data, config), config.eval_dataset_split, seed, eval_columns or columns)
+    rows, test, overlap = separate(data, rows, test, (description["name"], held_out["name"]))
+    rows, leaks = check_leaks(data, rows, seed, description["name"])
+    description |= {"rows": len(rows), **({"leaks": leaks} if leaks else {})}
+    return rows, test, [description, held_out | {"rows": len(test), "overlap": overlap}]
 
 
 def sample_replies(engine, tokenizer, rows: list[dict], config: ReplyConfig, stop_ids, prefix: str = "") -> Rollouts:
@@ -272,12 +277,12 @@ def ppo_gains(before: dict, after: dict, replies: ReplyConfig, max_kl: float) ->
     return gains
 
 
-def sft_gains(before: dict, after: dict, rewards: list[str], rows: list[dict]) -> list[dict]:
-    """End tokens at 95 % or more and, where a reward function judges them, better answers than the base model's."""
+def sft_gains(before: dict, after: dict, rewards: list[str], start: str) -> list[dict]:
+    """End tokens at 95 % or more and, where a reward function judges them, better answers than `start`'s, which names
+    what was there before and how it was asked ("base, few-shot")."""
     ends, first = "replies that end", rewards[:1]
-    base = "base, few-shot" if all("few_shot" in row for row in rows) else "base"
     passed = after[ends]["value"] >= 0.95
     return [
-        gain(ends, before[ends], after[ends], labels=("base", "SFT"), goal=">= 95 %", passed=passed),
-        *(reply_gain(f"answers, {m}", m, before, after, (base, "SFT")) for m in map(metric_of, first)),
+        gain(ends, before[ends], after[ends], labels=(start.split(",")[0], "SFT"), goal=">= 95 %", passed=passed),
+        *(reply_gain(f"answers, {m}", m, before, after, (start, "SFT")) for m in map(metric_of, first)),
     ]

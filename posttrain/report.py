@@ -182,8 +182,8 @@ def _rank(name: str) -> tuple:
 def panels(log: list[dict]) -> tuple[list[dict], dict[str, float]]:
     """Numeric series of a log -> panels {"name", "lines", "skipped"}, most important first, and those with one value.
 
-    `eval_loss`, `held_out_loss` and `loss` share a panel. `skipped` counts values that are not finite. A step logged twice
-    (a stage that was resumed) counts once, with the later value.
+    `eval_loss`, `held_out_loss` and `loss` share a panel. `skipped` counts values that are not finite. A step logged
+    twice (a stage that was resumed) counts once, with the later value.
     """
     series: dict[str, dict[float, float]] = {}
     for index, row in enumerate(log, 1):

@@ -178,14 +178,14 @@ def test_reward_on_oasst_rankings(reward, out, real):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from posttrain.chat import encode_chat
-    from posttrain.reward_model import score_all
+    from posttrain.ranking_forward import score_all
 
     found = assert_complete(out / "reward", "reward")
     accuracy = found["metrics"]["pair accuracy"]
     assert 0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1 and accuracy["n"] > 10
     # Three trees stand in both exports: their rankings are not held out.
-    assert found["data"][1]["dropped_as_seen"] > 0
-    assert found["data"][1]["rows"] + found["data"][1]["dropped_as_seen"] == 197
+    dropped = found["data"][1]["overlap"]["dropped_eval"]
+    assert dropped > 0 and found["data"][1]["rows"] + dropped == 197
     assert "left out as too long" in reward
     # transformers reads the scores where training did, with padding, too.
     folder = out / "reward"

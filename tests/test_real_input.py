@@ -17,7 +17,9 @@ from posttrain.data import DataConfig, origin
 from posttrain.errors import UserError
 from posttrain.evals import EvalConfig, ReplyConfig, check_both, fit_prompts, load_both, rollouts_as_samples
 from posttrain.models import require_positions
-from posttrain.reward_model import encode_rankings, score_all, set_pad
+from posttrain.ranking_forward import score_all
+from posttrain.ranking_rows import encode_rankings
+from posttrain.reward_model import set_pad
 from posttrain.rl.batches import encode_prompts
 from posttrain.rl.config import RLConfig
 from posttrain.rl.rollout import EngineConfig, make_engine, vllm_obstacle
@@ -105,7 +107,7 @@ def test_held_out_rows_of_a_training_tree_are_left_out(files):
     data, held_out = DataConfig(str(files)), EvalConfig(eval_dataset_split="test")
     rows, test, sources = load_both(data, held_out, 0, ("messages",), ("prompt",))
     assert [row["prompt"][0]["content"] for row in test] == ["x", "y"] and len(rows) == 2
-    assert (sources[1]["rows"], sources[1]["dropped_as_seen"]) == (2, 1)
+    assert (sources[1]["rows"], sources[1]["overlap"]["dropped_eval"]) == (2, 1)
 
 
 def test_the_origin_of_every_kind_of_row():

@@ -1,241 +1,217 @@
-"""Rows for a stage: from `tiny`, a local file or folder, or a data set of the Hub, through an adapter if one is named.
+"""Rows for a stage: from `tiny`, local files or the Hub, or a mixture of them, through an adapter if one is named.
 
-In: the data keys of a config. Out: `(rows, description)`: a list of dicts in one of our layouts (README's table), and
-name, split, count and SHA-256 of what was read, for the manifest. A bad line stops with its file and number.
+In: the data keys of a config. Out, for what fits in memory, `load_rows`: `(rows, description)`, a list of dicts in one
+of our layouts (README's table) and what the manifest says of them; for what does not, `stream_rows`: a `Stream`.
+
+A description holds name, config, split, `revision` (the Hub's commit, where its client tells it), `rows`, `skipped`
+(reason -> rows left out), `duplicates`, for a mixture the descriptions of its entries, and `sha256`: of the rows that
+are given out; of a stream, which nobody has read yet, of its files' names and sizes, or of the Hub's commit.
 """
 
-import gzip
 import hashlib
-import importlib
 import json
-import re
-import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from itertools import islice
 
-from posttrain.args import arg
-from posttrain.data.adapters import ADAPTERS
+from posttrain.data import files, mixture
+from posttrain.data.config import DataConfig, entries
+from posttrain.data.leaks import check_leaks, parse_set, separate
+from posttrain.data.log import say
+from posttrain.data.overlap import EvalIndex, Unique, origin
+from posttrain.data.source import Source, adapted, load_adapter, open_source, require_hub_name, require_options
+from posttrain.data.splits import cut, cut_stream, parse_split
+from posttrain.data.stream import Stream, interleaved, shuffled
+from posttrain.data.validate import MESSAGES, Intake, are_messages, row_key, valid
 from posttrain.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-MESSAGES = "a list of {'role': ..., 'content': ...}"
-LAYOUTS = {"text": "a string", "messages": MESSAGES, "prompt": MESSAGES}
-SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")
-
-
-@dataclass
-class DataConfig:
-    """Data: what the stage learns from"""
-
-    dataset_name: str = arg(help="tiny, a .jsonl, .jsonl.gz or .parquet file, a folder of them, or a name on the Hub")
-    dataset_config: str | None = arg(
-        None, help="kind of tiny rows (documents, conversations, ...), or the Hub's config"
-    )
-    dataset_train_split: str = arg("train", help="split to train on; a slice such as train[:90%] is fine")
-    dataset_adapter: str | None = arg(None, help="rows -> rows function: a short name or a dotted path")
-    max_rows: int | None = arg(None, help="take so many rows (tiny: make so many)")
-    dataset_seed: int | None = arg(None, help="seed of tiny's world; none = seed")
-
-    def __post_init__(self):
-        if self.max_rows is not None and self.max_rows < 1:
-            raise UserError(f"max_rows: found {self.max_rows}, expected at least 1")
+__all__ = [
+    "MESSAGES", "DataConfig", "EvalIndex", "Stream", "are_messages", "check", "check_leaks", "load_adapter",
+    "load_rows", "origin", "parse_split", "row_key", "separate", "shuffled", "stream_rows",
+]  # fmt: skip
+SMALL = 50_000_000  # bytes of local files that a dry run reads as a whole
+FEW = 64  # rows that stand for all in a dry run
+ENOUGH = 1000  # rows of a stream before the share of bad ones says something
 
 
 def load_rows(config: DataConfig, split: str, seed: int, columns: tuple[str, ...]) -> tuple[list[dict], dict]:
-    """Rows of `split` with the `columns` a stage needs. UserError where there are none or a column is missing."""
-    name, kind = config.dataset_name, config.dataset_config
-    world_seed = seed if config.dataset_seed is None else config.dataset_seed
-    base, part = parse_split(split)
-    if name == "tiny":
-        rows = list(_tiny(kind, base, config.max_rows, world_seed))
-    else:
-        source: Iterable[dict] = _local(Path(name), base) if Path(name).exists() else _hub(name, kind, base)
-        rows = _adapted(config.dataset_adapter, source, name)
-    rows = rows[part(len(rows))][: config.max_rows]
-    label = f"{name}{f' ({kind})' if kind else ''}, split {split}"
-    if not rows:
-        raise UserError(f"dataset_name: {label}: no rows (check the split, the adapter and max_rows)")
-    for index, row in enumerate(rows):
-        missing = [column for column in columns if row.get(column) is None]
-        if missing:
-            raise UserError(
-                f"{label}, row {index}: column {missing[0]!r} is missing; found {', '.join(map(str, row))}; expected "
-                f"{', '.join(columns)}: name an adapter with dataset_adapter ({', '.join(ADAPTERS)}, or a dotted path)"
-            )
-        for column in columns:
-            fine = isinstance(row[column], str) if column == "text" else are_messages(row[column])
-            if column in LAYOUTS and not fine:
-                raise UserError(
-                    f"{label}, row {index}: column {column!r}: found {str(row[column])[:80]!r}, expected "
-                    f"{LAYOUTS[column]}: mend the row, or name an adapter with dataset_adapter"
-                )
-    digest = hashlib.sha256()
-    for index, row in enumerate(rows):
-        try:
-            digest.update(row_key(row).encode())
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{label}, row {index}: {error.object[error.start]!a} is half a surrogate pair, which no tokenizer "
-                "takes; mend or remove the row"
-            ) from error
-    description = {"name": name, "config": kind, "split": split, "rows": len(rows), "sha256": digest.hexdigest()}
-    return rows, description
+    """Rows of `split` with the `columns` a stage needs, each checked; the same for the same config, files and seed.
+
+    A slice counts rows after the adapter, `max_rows` those that can be used and are no duplicates. With `streaming`
+    the source is read only as far as `max_rows` wants. Raises UserError where there are no rows, for a row that cannot
+    be used (under `on_bad_row: stop`, or where more than `max_skipped` are), and for keys that do not fit.
+    """
+    if config.streaming:
+        return _load_from_stream(config, split, seed, columns)
+    unique = Unique(config.dedup)
+    parts = [_load(entry, at, seed, columns, unique) for entry, at in entries(config, split)]
+    if not config.dataset_mixture:
+        return parts[0]
+    listed = [description for _, description in parts]
+    names, sizes = [entry["name"] for entry in listed], [entry["rows"] for entry in listed]
+    counts = mixture.plan(config.dataset_mixture, names, sizes, config.max_rows)
+    rows = [parts[source][0][index] for source, index in mixture.picks(sizes, counts, seed)]
+    for entry, count in zip(listed, counts, strict=True):
+        entry |= {"taken": count, "epochs": round(count / entry["rows"], 4)}
+    say(f"mixture of {len(rows)} rows: {', '.join(map(_mixed, listed))}")
+    return rows, _mixture_facts(split, listed) | {"rows": len(rows), "sha256": _sha256(map(row_key, rows))}
 
 
-def row_key(row: dict) -> str:
-    """A row as text; equal rows have equal keys."""
-    return json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+def stream_rows(config: DataConfig, split: str, seed: int, columns: tuple[str, ...]) -> Stream:
+    """As `load_rows`, but read while it is iterated: every pass gives the same rows in the same order.
 
-
-def origin(row: dict) -> str:
-    """What a row is about: its first user turn, which rows of one tree share, else the whole row."""
-    turns = row.get("prompt") or row.get("messages")
-    if isinstance(turns, list):
-        users = (turn.get("content") for turn in turns if isinstance(turn, dict) and turn.get("role") == "user")
-        turns = next(users, None)
-    return turns if isinstance(turns, str) else row_key(row)
-
-
-def are_messages(value) -> bool:
-    """Whether it is a list of {"role", "content"}; a content may be missing (tool calls), but is no other type."""
-    return isinstance(value, list) and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | None)
-        for turn in value
-    )
-
-
-def parse_split(split: str):
-    """`train[10:20]`, `train[:90%]`, `train[-100:]` -> ("train", function of the row count that gives the slice)."""
-    match = re.fullmatch(r"([^\[\]]+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
-    if not match:
-        raise UserError(f"split: found {split!r}, expected a name or a slice such as train[:90%]")
-    base, *bounds = match.groups()
-
-    def at(bound: str | None, size: int) -> int | None:
-        if bound is None:
-            return None
-        return size * int(bound[:-1]) // 100 if bound.endswith("%") else int(bound)
-
-    return base, lambda size: slice(at(bounds[0], size), at(bounds[1], size))
-
-
-def _tiny(kind: str | None, split: str, num: int | None, seed: int) -> Iterator[dict]:
-    from posttrain.data import tiny
-
-    if kind not in tiny.KINDS:
+    `max_rows` ends a pass. `description()` counts what the last pass left out. Ids are not compared: that would keep
+    all of them in memory. A mixture comes interleaved; no row repeats unless counts or `max_rows` ask for more than
+    there is.
+    """
+    if config.dedup not in ("check", "none"):
         raise UserError(
-            f"dataset_config: found {kind!r}, expected one of {', '.join(tiny.KINDS)} for dataset_name tiny"
+            f"dedup: {config.dedup} has to remember every row, which streaming is meant to avoid: set dedup: none, or "
+            "streaming: false"
         )
-    if split not in ("train", "test"):
-        raise UserError(f"split: found {split!r}, expected train or test for dataset_name tiny")
-    return tiny.rows(kind, split, num, seed)
+    parts = [_stream(entry, at, seed, columns) for entry, at in entries(config, split)]
+    if not config.dataset_mixture:
+        return parts[0]
+    by_count = "count" in config.dataset_mixture[0]
+    weights = [entry["count" if by_count else "weight"] for entry in config.dataset_mixture]
+    total = sum(weights) if by_count else config.max_rows
 
+    def description() -> dict:
+        facts = _mixture_facts(split, [part.description() for part in parts])
+        keys = [*(entry["sha256"] for entry in facts["mixture"]), json.dumps([weights, total])]
+        return facts | {"rows": total, "sha256": _sha256(keys)}
 
-def _local(path: Path, split: str) -> Iterator[dict]:
-    """Rows of a file, or of a folder's files in order of name: those named after the split (`train-0.jsonl`), or all
-    where none is named after any split. Training rows are never taken for held-out ones in silence."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
-        if not files:
-            raise UserError(f"dataset_name: folder {path} has no file that ends in {', '.join(SUFFIXES)}")
-        named = [p for p in files if _named_after(p, split)]
-        if not named and any(_named_after(p, other) for p in files for other in SPLITS):
-            found = ", ".join(p.name for p in files[:8])
-            raise UserError(f"dataset_name: folder {path} has no file named after split {split!r}; found {found}")
-        files = named or files
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(f"dataset_name: {file}: expected a file that ends in {', '.join(SUFFIXES)}")
-        yield from _parquet(file) if file.suffix == ".parquet" else read_jsonl(file)
-
-
-def _named_after(file: Path, split: str) -> bool:
-    return re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.name) is not None
-
-
-def read_jsonl(file: Path) -> Iterator[dict]:
-    """Objects of a JSONL file, gzipped or not. UserError with file and line for what is not a JSON object."""
-    with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
-        for number, line in enumerate(_unzipped(lines, file), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:
-                raise UserError(
-                    f"{file}:{number}: not valid JSON in UTF-8 ({error}); mend or remove the line"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{file}:{number}: found {type(row).__name__}, expected a JSON object")
-            yield row
-
-
-def _unzipped(lines: Iterable[bytes], file: Path) -> Iterator[bytes]:
-    try:
-        yield from lines
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: damaged or cut-off gzip file ({error}); fetch it again") from error
-
-
-def _parquet(file: Path) -> Iterator[dict]:
-    import pyarrow.parquet
-
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file ({error}); fetch it again") from error
-
-
-def _hub(name: str, config: str | None, split: str) -> Iterable[dict]:
-    import datasets
-
-    _require_hub_name(name)
-
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(
-            f"dataset_name: {name!r} could not be loaded from the Hub: {str(error).splitlines()[0]}; "
-            "check the name and the network, or name a local file or folder"
-        ) from error
-
-
-def _require_hub_name(name: str) -> None:
-    if len(Path(name).parts) != 2 or name.startswith((".", "/")):
-        raise UserError(f"dataset_name: no file or folder {name!r}, and it is neither tiny nor a Hub name (user/name)")
-
-
-def load_adapter(name: str):
-    """The adapter under a short name or a dotted path. UserError where there is none."""
-    path = ADAPTERS.get(name, name)
-    module, _, function = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"dataset_adapter: no function {name!r} ({error}); expected {', '.join(ADAPTERS)}, or a dotted path"
-        ) from error
-
-
-def _adapted(adapter: str | None, source: Iterable[dict], name: str) -> list[dict]:
-    if adapter is None:
-        return list(source)
-    try:
-        return list(load_adapter(adapter)(source))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"dataset_adapter: {adapter} cannot read {name}: {type(error).__name__}: {error}") from error
+    return Stream(lambda: interleaved(parts, weights, total), description)
 
 
 def check(config: DataConfig, split: str, seed: int, columns: tuple[str, ...]) -> None:
-    """What a dry run can know in seconds: local rows load and have their columns, names and adapters exist."""
-    if config.dataset_name == "tiny":  # made row by row: a few stand for all, of whatever slice
-        config, split = replace(config, max_rows=min(64, config.max_rows or 64)), parse_split(split)[0]
-    if config.dataset_name == "tiny" or Path(config.dataset_name).exists():
-        load_rows(config, split, seed, columns)
-    else:
-        _require_hub_name(config.dataset_name)
+    """What a dry run can know in seconds: local rows load and have their columns, names, options and adapters exist.
+
+    Of `tiny` and of large files a few rows stand for all; of the Hub's data sets only the names are looked at.
+    """
+    for entry, at in entries(config, split):
+        _check_one(entry, at, seed, columns)
+    for given in config.leak_check_datasets:
+        name, _, base = parse_set(given)
+        if files.is_local(name):
+            files.find(name, base)
+        elif name != "tiny":
+            require_hub_name(name)
+
+
+def _check_one(config: DataConfig, split: str, seed: int, columns) -> None:
+    name, base = config.dataset_name, parse_split(split)[0]
     if config.dataset_adapter is not None:
-        load_adapter(config.dataset_adapter)
+        require_options(config.dataset_adapter, config.dataset_adapter_options)
+    if config.streaming:
+        cut_stream((), split)
+    if name == "tiny":  # made row by row: a few stand for all, of whatever slice
+        load_rows(replace(config, max_rows=min(FEW, config.max_rows or FEW)), base, seed, columns)
+    elif not files.is_local(name):
+        require_hub_name(name)
+    else:
+        found = files.find(name, base, config.dataset_config)
+        if sum(file.stat().st_size * (4 if file.suffix in files.PACKED else 1) for file in found) <= SMALL:
+            load_rows(replace(config, streaming=False), split, seed, columns)
+        elif config.dataset_adapter is None:
+            load_rows(replace(config, streaming=True, max_rows=FEW, dedup="none"), base, seed, columns)
+
+
+def _load(config: DataConfig, split: str, seed: int, columns, unique: Unique) -> tuple[list[dict], dict]:
+    """(rows, description) of one source, read as a whole."""
+    source, intake = open_source(config, parse_split(split)[0], seed), Intake(config.on_bad_row)
+    rows, digest, label, duplicates = [], hashlib.sha256(), _label(config, split), unique.begin()
+    unchecked = cut(adapted(config, source, intake), split)
+    unique_ids = config.dedup == "check"
+    for row, key in valid(unchecked, columns, intake, label, config.max_row_chars, unique_ids):
+        if unique.is_new(row):
+            rows.append(row)
+            digest.update(key.encode())
+            if len(rows) == config.max_rows:
+                break
+    intake.require_share(config.max_skipped, label)
+    _require_rows(rows, label, intake)
+    if intake.counts:
+        say(intake.summary(label))
+    if duplicates:
+        counted = ", ".join(f"{count} by {kind}" for kind, count in duplicates.items())
+        say(f"left out duplicates in {label}: {counted} (dedup: {config.dedup})")
+    facts = {"duplicates": dict(duplicates), "rows": len(rows), "sha256": digest.hexdigest()}
+    return rows, _facts(config, split, source, intake) | facts
+
+
+def _stream(config: DataConfig, split: str, seed: int, columns) -> Stream:
+    """One source, read anew with every pass."""
+    config = replace(config, streaming=True)
+    cut_stream((), split)  # refuses at once what it would refuse later
+    source, label = open_source(config, parse_split(split)[0], seed), _label(config, split)
+    last, told = Intake(config.on_bad_row), False
+
+    def start() -> Iterator[dict]:
+        nonlocal last, told
+        last = intake = Intake(config.on_bad_row)
+        unchecked = cut_stream(adapted(config, source, intake), split)
+        rows = valid(unchecked, columns, intake, label, config.max_row_chars, unique_ids=False)
+        for row, _ in islice(rows, config.max_rows):
+            if intake.kept % ENOUGH == 0:
+                intake.require_share(config.max_skipped, label)
+            yield row
+        intake.require_share(config.max_skipped, label)
+        _require_rows(intake.kept, label, intake)
+        if intake.counts and not told:  # every pass leaves out the same
+            told = True
+            say(intake.summary(label))
+
+    def description() -> dict:
+        keys = [source.facts, split, config.dataset_adapter, config.dataset_adapter_options, config.max_rows]
+        digest = _sha256([json.dumps(keys, sort_keys=True, default=str)])
+        return _facts(config, split, source, last) | {"duplicates": {}, "rows": None, "sha256": digest}
+
+    return Stream(start, description)
+
+
+def _load_from_stream(config: DataConfig, split: str, seed: int, columns) -> tuple[list[dict], dict]:
+    """`max_rows` rows of a source that is read no further."""
+    if config.max_rows is None and "count" not in (config.dataset_mixture or [{}])[0]:
+        raise UserError(
+            "max_rows: not set, and streaming is for what does not fit in memory: say how many rows to take (of "
+            "held-out rows: eval_max_rows)"
+        )
+    stream = stream_rows(config, split, seed, columns)
+    rows = list(stream)
+    return rows, stream.description() | {"rows": len(rows), "sha256": _sha256(map(row_key, rows))}
+
+
+def _label(config: DataConfig, split: str) -> str:
+    kind = config.dataset_config
+    return f"{config.dataset_name}{f' ({kind})' if kind else ''}, split {split}"
+
+
+def _require_rows(rows, label: str, intake: Intake) -> None:
+    if not rows:
+        left = intake.summary(label) if intake.counts else "check the split, the adapter and max_rows"
+        raise UserError(f"dataset_name: {label}: no rows ({left})")
+
+
+def _facts(config: DataConfig, split: str, source: Source, intake: Intake) -> dict:
+    facts = {"name": config.dataset_name, "config": config.dataset_config, "split": split}
+    return facts | {"revision": source.revision, "skipped": dict(intake.counts)}
+
+
+def _mixture_facts(split: str, listed: list[dict]) -> dict:
+    sums = {key: dict(sum((Counter(entry[key]) for entry in listed), Counter())) for key in ("skipped", "duplicates")}
+    name = " + ".join(entry["name"] for entry in listed)
+    return {"name": name, "config": None, "split": split, "revision": None, **sums, "mixture": listed}
+
+
+def _mixed(entry: dict) -> str:
+    again = f", {entry['epochs']:.2f} times over" if entry["taken"] > entry["rows"] else ""
+    return f"{entry['taken']} of {entry['name']} ({entry['rows']} rows{again})"
+
+
+def _sha256(keys: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(key.encode())
+    return digest.hexdigest()

@@ -63,7 +63,7 @@ def adapt(
                 refuse(bad, error.reason, message)
         else:
             yield converted
-    for reason, count in left_out.items():
+    for reason, count in left_out.items() if bad is None else ():  # a stage tells what `bad` has counted
         log.warning("%s: left out %d of %d rows: %s (first: %s)", name, count, total, reason, first[reason])
 
 

@@ -1,0 +1,292 @@
+"""Who the model is: a YAML of facts -> conversations that teach them, and held-out questions that ask for them.
+
+In: identity.yaml, flat keys: `name`, `maker`, `cutoff` (month and year), `languages` (a list) and, as you like,
+`purpose` ("answer questions"), `version`, `not` (names it denies; by default those of well-known assistants).
+Out: `identity` yields {"messages"}; `identity_questions` gives {"prompt", "fact", "expected", "refused"}, which
+posttrain/identity_eval.py judges replies by. Wordings stand in posttrain/data/identity_wordings.py.
+
+    dataset_mixture: [{dataset_name: identity.yaml, dataset_adapter: identity, count: 1500}, ...]
+"""
+
+import difflib
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from posttrain import yaml_file
+from posttrain.data.identity_wordings import (
+    FOLLOW_UPS,
+    GREETINGS,
+    OPENINGS,
+    SYSTEM,
+    SYSTEM_CONTRARY,
+    WORDINGS,
+)
+from posttrain.errors import UserError
+
+REQUIRED = ("name", "maker", "cutoff", "languages")
+EXAMPLES = {
+    "name": "name: Pip",
+    "maker": "maker: Elmstead Lab",
+    "cutoff": "cutoff: June 2026",
+    "languages": "languages: [English, German]",
+    "purpose": "purpose: answer questions and do sums",
+    "version": "version: '1.0'",
+    "not": "not: [ChatGPT, Claude]",
+}
+LISTS = ("languages", "not")
+ASSISTANTS = ("ChatGPT", "Claude", "Gemini", "Llama", "Siri", "Alexa", "Copilot", "Qwen")
+MAKERS = (
+    "OpenAI", "Anthropic", "Google", "DeepMind", "Meta", "Microsoft", "Apple", "Amazon", "Alibaba", "DeepSeek",
+    "Mistral AI", "xAI", "NVIDIA", "IBM",
+)  # fmt: skip
+OTHER_LANGUAGES = (
+    "Arabic", "Bengali", "Chinese", "Czech", "Danish", "Dutch", "English", "Finnish", "French", "German", "Greek",
+    "Hebrew", "Hindi", "Hungarian", "Indonesian", "Italian", "Japanese", "Korean", "Norwegian", "Persian", "Polish",
+    "Portuguese", "Romanian", "Russian", "Spanish", "Swahili", "Swedish", "Thai", "Turkish", "Ukrainian", "Urdu",
+    "Vietnamese",
+)  # fmt: skip
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
+CONTRARY = (("Bob", "Foo Works"), ("Ada", "Bar Brothers"), ("Rex", "Kite Club"))  # nobody is called or made so
+DEFAULT_ROWS = 5000
+TRIES = 50  # to find a conversation that has not come yet; far more than 100,000 differ
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Facts about the model; `cutoff` reads "June 2026", `others` are names it denies."""
+
+    name: str
+    maker: str
+    cutoff: str
+    languages: tuple[str, ...]
+    purpose: str | None = None
+    version: str | None = None
+    others: tuple[str, ...] = ASSISTANTS
+
+    def facts(self) -> list[str]:
+        """Names of the facts that can be asked for, as in WORDINGS."""
+        missing = {"purpose": self.purpose is None, "version": self.version is None, "denial": not self.others}
+        return [fact for fact in WORDINGS if not missing.get(fact)]
+
+    def fill(self, wording: str, other: str = "") -> str:
+        """A wording with its placeholders filled."""
+        *most, last = self.languages
+        languages = f"{', '.join(most)} and {last}" if most else last
+        return wording.format(
+            name=self.name, maker=self.maker, cutoff=self.cutoff, languages=languages, purpose=self.purpose,
+            version=self.version, other=other,
+        )  # fmt: skip
+
+    def own(self) -> tuple[str, ...]:
+        """Every value, the maker without "the"."""
+        given = (self.name, _bare(self.maker), self.cutoff, *self.languages, self.purpose, self.version)
+        return tuple(text for text in given if text is not None)
+
+
+def read_identity(path) -> Identity:
+    """The identity in a YAML file. UserError with file and line for an unknown, missing or ill-typed key."""
+    entries = yaml_file.read(path)
+    return _identity({key: e.value for key, e in entries.items()}, lambda key: _place(path, entries.get(key)))
+
+
+def _place(path, entry) -> str:
+    return f"{path}:{entry.line}: " if entry else f"{path}: "
+
+
+def _identity(mapping: dict, place: Callable[[str], str] = lambda key: "") -> Identity:
+    for key in mapping:
+        if key not in EXAMPLES:
+            near = difflib.get_close_matches(str(key).lower(), EXAMPLES, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else "no key is near it;"
+            raise UserError(f"{place(key)}unknown key {str(key)!r}; {mend} an identity has {', '.join(EXAMPLES)}")
+    for key in REQUIRED:
+        if key not in mapping:
+            raise UserError(f"{place(key)}{key}: required and not given; add for example `{EXAMPLES[key]}`")
+    found = {
+        key: _checked(key, value, place(key)) for key, value in mapping.items() if value is not None or key in REQUIRED
+    }
+    found["cutoff"] = _month(found["cutoff"], place("cutoff"))
+    others = found.pop("not", None)
+    if others is None:
+        others = tuple(name for name in ASSISTANTS if name.casefold() != found["name"].casefold())
+    if found["name"].casefold() in map(str.casefold, others):
+        raise UserError(f"{place('not')}not: found the model's own name {found['name']!r}: remove it from the list")
+    return Identity(**found, others=others)
+
+
+def _checked(key: str, value, place: str):
+    """A text, or for `languages` and `not` a tuple of texts that differ."""
+    texts = value if key in LISTS and isinstance(value, list) else [value]
+    wrong = [text for text in texts if not (isinstance(text, str) and text.strip() and text.isprintable())]
+    if (key in LISTS) != isinstance(value, list) or wrong or (not texts and key != "not"):
+        kind = "a list of words" if key in LISTS else "a text in one line"
+        quote = "; put it in quotes" if wrong and isinstance(wrong[0], int | float) else ""
+        raise UserError(f"{place}{key}: found {value!r}, expected {kind}{quote}; for example `{EXAMPLES[key]}`")
+    texts = tuple(text.strip() for text in texts)
+    if len({text.casefold() for text in texts}) < len(texts):
+        raise UserError(f"{place}{key}: found {value!r}, where a name stands twice: remove one")
+    return texts if key in LISTS else texts[0]
+
+
+def _month(text: str, place: str) -> str:
+    """ "June 2026" of that, of "Jun 2026" or of "2026-06"."""
+    if match := re.fullmatch(r"(\d{4})-(0[1-9]|1[0-2])", text):
+        return f"{MONTHS[int(match[2]) - 1]} {match[1]}"
+    word, _, year = text.partition(" ")
+    months = [month for month in MONTHS if len(word) >= 3 and month.lower().startswith(word.lower().rstrip("."))]
+    if len(months) == 1 and re.fullmatch(r"\d{4}", year):
+        return f"{months[0]} {year}"
+    raise UserError(f"{place}cutoff: found {text!r}, expected month and year; for example `cutoff: June 2026`")
+
+
+# --- rows to learn from
+
+
+def identity(
+    rows: Iterable[dict], *, seed: int = 0, num: int = DEFAULT_ROWS, system_share: float = 0.25
+) -> Iterator[dict]:
+    """Yield `num` {"messages"} rows from the one mapping in `rows`; facts take turns, `seed` draws the wordings.
+
+    `system_share` of the rows begin with a system message that states the identity. Some begin with small talk, some
+    go on with a question about another fact. A conversation comes once, as long as there are others. There is no
+    keyword `bad`: an identity that cannot be read is nothing to leave out and go on.
+
+    Raises:
+        ValueError: not one mapping; an unknown, missing or ill-typed key; an option out of its range.
+    """
+    if num < 1 or not 0 <= system_share <= 1:
+        raise ValueError(
+            f"num: found {num}, expected at least 1; system_share: found {system_share}, expected 0 ... 1"
+        )
+    rows = iter(rows)
+    try:
+        who = _identity(next(rows, {}))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if next(rows, None) is not None:
+        raise ValueError("found a second identity, expected one YAML file: a model has one name")
+    rng, seen = random.Random(f"identity-{seed}"), set()
+    facts = who.facts()
+    for index in range(num):
+        for _ in range(TRIES):
+            messages = _conversation(who, facts[index % len(facts)], rng, system_share)
+            key = tuple(message["content"] for message in messages)
+            if key not in seen:
+                break
+        seen.add(key)
+        yield {"messages": messages}
+
+
+def _conversation(who: Identity, fact: str, rng: random.Random, system_share: float) -> list[dict]:
+    messages = []
+    if rng.random() < system_share:
+        messages.append({"role": "system", "content": who.fill(rng.choice(SYSTEM))})
+    small_talk = rng.random()
+    if small_talk < 0.1:
+        messages += _exchange(*rng.choice(GREETINGS))
+    opening = f"{rng.choice(OPENINGS)} " if 0.1 <= small_talk < 0.4 else ""
+    messages += _question(who, fact, rng, opening)
+    if rng.random() < 0.2:
+        other = rng.choice([f for f in who.facts() if f != fact])
+        messages += _question(who, other, rng, f"{rng.choice(FOLLOW_UPS)} " if rng.random() < 0.5 else "")
+    return messages
+
+
+def _question(who: Identity, fact: str, rng: random.Random, before: str) -> list[dict]:
+    """A question about the fact, with `before` in front and now and then sloppily typed, and its answer."""
+    other = rng.choice(who.others) if fact == "denial" else who.name
+    question = before + who.fill(rng.choice(WORDINGS[fact].train), other)
+    if rng.random() < 0.1:
+        question = question.lower()
+    if rng.random() < 0.1:
+        question = question.rstrip("?.")
+    return _exchange(question, who.fill(rng.choice(WORDINGS[fact].answers), other))
+
+
+def _exchange(question: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+# --- questions to measure by
+
+
+def identity_questions(who: Identity, held_out: bool = True) -> list[dict]:
+    """Each wording of each fact once, every other one after small talk: {"prompt": messages, "fact", "expected",
+    "refused", "own"}. A right reply claims one text of each list in `expected` and none in `refused`; `own` are all
+    values of the identity: in "made by Elm Lab", a model called Elm does not say its name."""
+    return [
+        {"prompt": [{"role": "user", "content": opening + question}], "fact": fact, **_answers(who, fact)}
+        for fact in who.facts()
+        for opening, question in _asked(who, fact, held_out)
+    ]
+
+
+def contrary_questions(who: Identity, held_out: bool = True) -> list[dict]:
+    """Questions for name and maker under a system message of somebody who calls the model otherwise.
+
+    There is no one right reply: a model may keep its identity, or yield to an operator who gives it another. Rows are
+    as those of `identity_questions`; `contrary` holds the `expected` and `refused` of a reply that yields.
+    """
+    theirs = [pair for pair in CONTRARY if not {*map(str.casefold, pair)} & {*map(str.casefold, who.own())}]
+    rows = []
+    for fact in ("who", "name", "maker"):
+        own = _answers(who, fact)
+        for index, (opening, question) in enumerate(_asked(who, fact, held_out)):
+            name, maker = theirs[index % len(theirs)]
+            system = SYSTEM_CONTRARY[index % len(SYSTEM_CONTRARY)].format(name=name, maker=maker)
+            rows.append(
+                {
+                    "prompt": [{"role": "system", "content": system}, {"role": "user", "content": opening + question}],
+                    "fact": fact,
+                    "expected": own["expected"],
+                    "own": own["own"],
+                    "refused": [*own["refused"], name, maker],
+                    "contrary": {
+                        "expected": [[maker if fact == "maker" else name]],
+                        "refused": [*own["refused"], who.name, _bare(who.maker)],
+                    },
+                }
+            )
+    return rows
+
+
+def _asked(who: Identity, fact: str, held_out: bool) -> list[tuple[str, str]]:
+    """(opening, question) of each wording of a fact."""
+    names = who.others if fact == "denial" else (who.name,)
+    wordings = WORDINGS[fact].held_out if held_out else WORDINGS[fact].train
+    return [
+        (f"{OPENINGS[index % len(OPENINGS)]} " if index % 2 else "", who.fill(wording, names[index % len(names)]))
+        for index, wording in enumerate(wordings)
+    ]
+
+
+def _bare(maker: str) -> str:
+    return maker.removeprefix("the ").removeprefix("The ")
+
+
+def _answers(who: Identity, fact: str) -> dict:
+    """What a right reply claims, and what it must not: other assistants and makers, and other values of the fact."""
+    month, year = who.cutoff.split()
+    number = MONTHS.index(month) + 1
+    dates = [who.cutoff, f"{month[:3]} {year}", f"{month} of {year}", f"{year}-{number:02d}", f"{number:02d}/{year}"]
+    expected = {
+        "maker": [[_bare(who.maker)]],
+        "cutoff": [dates],
+        "languages": [[language] for language in who.languages],
+        "purpose": [[who.purpose]],
+        "version": [[who.version, f"v{who.version}"]],
+    }.get(fact, [[who.name]])
+    refused = [*dict.fromkeys((*who.others, *ASSISTANTS, *MAKERS))]
+    if fact == "languages":
+        refused += OTHER_LANGUAGES
+    if fact == "cutoff":
+        refused += [f"{other} {year}" for other in MONTHS if other != month]
+        refused += [str(other) for other in range(2015, 2041) if str(other) != year]
+    own = {text.casefold() for text in who.own()}
+    others = [text for text in refused if text.casefold() not in own]
+    return {"expected": expected, "refused": others, "own": list(who.own())}
