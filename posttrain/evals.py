@@ -96,7 +96,7 @@ def load_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_col
 def sample_replies(engine, tokenizer, rows: list[dict], config: ReplyConfig, stop_ids, prefix: str = "") -> Rollouts:
     """eval_num_generations replies at temperature 1 to each prompt; a prefix counts as the model's own words."""
     begin = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
-    prompts = [encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids for row in rows]
+    prompts = [prompt_ids(tokenizer, row) for row in rows]
     n = config.eval_num_generations
     sampling = Sampling(n, config.eval_max_tokens, tuple(sorted(stop_ids)))
     completions = engine.generate([p + begin for p in prompts], sampling, EVAL_SEED)
@@ -195,10 +195,14 @@ def merge_samples(samples: dict[str, list[dict]]) -> list[dict]:
     return [{"prompt": prompt, "replies": replies} for prompt, replies in merged.items()]
 
 
+def prompt_ids(tokenizer, row: dict) -> list[int]:
+    """What a reply to a row's prompt is sampled after, its tools told to the model."""
+    return encode_chat(tokenizer, row["prompt"], add_generation_prompt=True, tools=row.get("tools")).input_ids
+
+
 def prompt_size(tokenizer, row: dict) -> int:
     """Tokens of a held-out prompt, as a chat or after its few-shot examples, and room for a prefix."""
-    chat = len(encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids)
-    return max(chat, len(tokenizer(row.get("few_shot", ""))["input_ids"])) + 16
+    return max(len(prompt_ids(tokenizer, row)), len(tokenizer(row.get("few_shot", ""))["input_ids"])) + 16
 
 
 def fit_prompts(run, model, rows: list[dict], sizes: list[int], reply_tokens: int, most=None) -> tuple[list, int]:

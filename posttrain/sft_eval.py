@@ -11,14 +11,19 @@ import torch
 from posttrain import evals
 from posttrain.args import arg, at_least
 from posttrain.chat import stop_ids
-from posttrain.data import DataConfig, load_rows, origin
+from posttrain.data import DataConfig, EvalIndex, load_rows, separate, stream_rows
+from posttrain.data.identity import read_identity
 from posttrain.errors import UserError
 from posttrain.evals import ReplyConfig
+from posttrain.identity_eval import identity_gains, longest_prompt, measure_identity
 from posttrain.intervals import gain, measured_ratio
+from posttrain.models import require_positions
 from posttrain.packing import by_tokens, pack
 from posttrain.rl.logprobs import TokenLogps
 from posttrain.rl.rollout import EngineConfig, make_engine
 from posttrain.sft_rows import encode_rows
+
+CHAT_STAGES = ("sft", "ppo", "grpo")
 
 
 @dataclass
@@ -27,48 +32,92 @@ class WatchConfig:
 
     eval_steps: int = arg(0, help="measure and sample every so many steps; 0 only before and after")
     loss_dataset_name: str | None = arg(None, help="conversations for the held-out loss; none = dataset_name")
+    loss_dataset_config: str | None = arg(None, help="none = dataset_config where the data set is the same")
+    loss_dataset_adapter: str | None = arg(None, help="none = dataset_adapter where the data set is the same")
     loss_dataset_split: str | None = arg(
         None, help="their split or slice, such as validation or train[-200:]; none = no held-out loss"
     )
     loss_max_rows: int | None = arg(200, help="use so many of them")
+    identity: str | None = arg(None, help="YAML of who the model is: asked before and after, in held-out wordings")
 
     def __post_init__(self):
         at_least(self, eval_steps=0, loss_max_rows=1)
         if self.loss_dataset_name is not None and self.loss_dataset_split is None:
             raise UserError("loss_dataset_name: needs loss_dataset_split, too; for example --loss_dataset_split test")
+        if self.identity is not None:
+            read_identity(self.identity)
 
     def source(self, data: DataConfig) -> DataConfig:
-        name = self.loss_dataset_name or data.dataset_name
-        return replace(data, dataset_name=name, max_rows=self.loss_max_rows)
+        """The data keys of the held-out loss: those of training where its own are not set."""
+        if data.dataset_mixture and self.loss_dataset_name is None:
+            raise UserError("loss_dataset_name: not set, and beside dataset_mixture the held-out loss needs a name")
+        same = self.loss_dataset_name in (None, data.dataset_name)
+        adapter = self.loss_dataset_adapter or (data.dataset_adapter if same else None)
+        return replace(
+            data,
+            dataset_name=self.loss_dataset_name or data.dataset_name,
+            dataset_config=self.loss_dataset_config or (data.dataset_config if same else None),
+            dataset_adapter=adapter,
+            dataset_adapter_options=data.dataset_adapter_options if adapter == data.dataset_adapter else {},
+            dataset_revision=data.dataset_revision if same else None,
+            dataset_mixture=[],
+            max_rows=self.loss_max_rows,
+            streaming=data.streaming and self.loss_max_rows is not None,
+        )
 
 
 def load_all(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, seed: int):
     """(conversations to learn from, held-out prompts, conversations for the held-out loss, their descriptions).
 
-    Held-out conversations that begin with a training row's first user turn are left out. UserError where none is left.
+    With `streaming` the first is a `Stream`, which leaves out what the held-out rows share with it: they are known
+    before it is read, and it is not. Else the held-out rows are what gives way (see `on_leak`).
     """
+    if data.streaming:
+        return _load_streamed(data, held_out, config, seed)
     rows, test, sources = evals.load_both(data, held_out, seed, ("messages",), ("prompt",))
     if config.loss_dataset_split is None:
         return rows, test, [], sources
     found, description = load_rows(config.source(data), config.loss_dataset_split, seed, ("messages",))
-    seen = {origin(row) for row in rows}
-    unseen = [row for row in found if origin(row) not in seen]
-    if not unseen:
+    names = sources[0]["name"], description["name"]
+    rows, unseen, overlap = separate(data, rows, found, names, "loss_dataset_split")
+    sources[0] |= {"rows": len(rows)}
+    return rows, test, unseen, [*sources, description | {"rows": len(unseen), "overlap": overlap}]
+
+
+def _load_streamed(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, seed: int):
+    if data.on_leak in ("stop", "drop_eval") and data.on_leak != DataConfig.on_leak or data.leak_check_datasets:
         raise UserError(
-            f"loss_dataset_split: all {len(found)} conversations of {description['split']!r} begin as training "
-            "rows do: name another split, or slices such as --dataset_train_split train[:-200] with train[-200:]"
+            "on_leak, leak_check_datasets: with streaming, training rows that held-out rows share are left out, and "
+            "nothing else can be checked before they are read: leave on_leak, or set it to drop_train or report"
         )
-    description |= {"rows": len(unseen), "dropped_as_seen": len(found) - len(unseen)}
-    return rows, test, unseen, [*sources, description]
+    columns = ("messages",)
+    source = evals.eval_data(data, held_out)
+    test, description = load_rows(source, held_out.eval_dataset_split, seed, ("prompt",))
+    unseen, more = [], []
+    if config.loss_dataset_split is not None:
+        unseen, facts = load_rows(config.source(data), config.loss_dataset_split, seed, columns)
+        more = [facts]
+    index = EvalIndex(test + unseen)
+
+    def is_seen(row: dict) -> bool:
+        return any(found for kind, found in index.equal(row).items() if kind in data.leak_kinds)
+
+    stream = stream_rows(data, data.dataset_train_split, seed, columns)
+    stream = stream if data.on_leak == "report" else stream.without(is_seen)
+    return stream, test, unseen, [stream.description(), description, *more]
 
 
 @torch.no_grad()
-def supervised_losses(model, encoded: list[dict], max_tokens: int = 8192) -> tuple[list[float], list[int]]:
-    """(-log p in nats, tokens) of each conversation, summed over what the assistant wrote; rows of `encode_rows`."""
+def supervised_losses(
+    model, encoded: list[dict], *, packing: bool = True, max_tokens: int = 8192
+) -> tuple[list[float], list[int]]:
+    """(-log p in nats, tokens) of each conversation, summed over what the assistant wrote; rows of `encode_rows`.
+    Without `packing` each runs alone: some models do not keep packed sequences apart."""
     was_training, scorer = model.training, TokenLogps(model)
     model.eval()
     sums, counts = [0.0] * len(encoded), [0] * len(encoded)
-    for batch in by_tokens([len(row["input_ids"]) for row in encoded], max_tokens):
+    lengths = [len(row["input_ids"]) for row in encoded]
+    for batch in by_tokens(lengths, max_tokens) if packing else [[index] for index in range(len(encoded))]:
         sequences = [encoded[i]["input_ids"] for i in batch]
         packed = pack(sequences, max(map(len, sequences)))
         select, targets, sizes = [], [], []
@@ -86,21 +135,44 @@ def supervised_losses(model, encoded: list[dict], max_tokens: int = 8192) -> tup
     return sums, counts
 
 
+def start_of(run, test: list[dict]) -> str:
+    """What the trained model is held against: a parent that chats already, or a base model, with solved examples
+    where the rows have some."""
+    if run.config["chat_template_path"] is None or run.parents["policy"]["stage"] in CHAT_STAGES:
+        return "parent"
+    return "base, few-shot" if all("few_shot" in row for row in test) else "base"
+
+
 class Watch:
     """Measures one model before (when made), during and after its training."""
 
     def __init__(
         self, run, model, tokenizer, test: list[dict], unseen: list[dict], replies: ReplyConfig,
-        engines: EngineConfig, max_length: int,
+        engines: EngineConfig, max_length: int, identity: str | None = None,
     ):  # fmt: skip
         self.run, self.model, self.tokenizer, self.replies = run, model, tokenizer, replies
         sizes = [evals.prompt_size(tokenizer, row) for row in test]
         self.test, length = evals.fit_prompts(run, model, test, sizes, replies.eval_max_tokens + 1)
-        self.unseen = encode_rows(tokenizer, unseen, max_length, 1.0) if unseen else []
+        self.identity = identity
+        length = max(length, longest_prompt(tokenizer, identity) + replies.eval_max_tokens + 1)
+        require_positions(model, "eval_max_tokens", length)
+        self.unseen = encode_rows(tokenizer, unseen, max_length) if unseen else []
         self.engine = make_engine(engines, model, tokenizer, length, run)
         self.stops = stop_ids(tokenizer)
-        self.metrics, self.samples = evals.measure_base(self.engine, tokenizer, self.test, replies, self.stops)
-        self.losses = supervised_losses(model, self.unseen) if unseen else None
+        self.start = start_of(run, self.test)
+        self.metrics, self.samples = self._measure(chats=self.start == "parent")
+        self.losses = self._losses() if unseen else None
+
+    def _measure(self, chats: bool) -> tuple[dict, list[dict]]:
+        """(metrics, samples) of the model as it is now, asked as a chat model or as a base model."""
+        measure = evals.measure_replies if chats else evals.measure_base
+        metrics, samples = measure(self.engine, self.tokenizer, self.test, self.replies, self.stops)
+        n, size = self.replies.eval_num_generations, self.replies.eval_max_tokens
+        found, said = measure_identity(self.engine, self.tokenizer, self.identity, self.stops, n, size)
+        return metrics | found, samples + said
+
+    def _losses(self) -> tuple[list[float], list[int]]:
+        return supervised_losses(self.model, self.unseen, packing=self.run.config["packing"])
 
     def during(self, step: int) -> dict[str, float]:
         """Numbers for the log; a reply to each of the first prompts goes into samples.jsonl. Leaves no trace in
@@ -117,20 +189,21 @@ class Watch:
                 samples = evals.rollouts_as_samples(rollouts, self.tokenizer, len(rows))
                 self.run.append("samples.jsonl", [{"step": step, **sample} for sample in samples])
             if self.unseen:
-                sums, counts = supervised_losses(self.model, self.unseen)
+                sums, counts = self._losses()
                 numbers["held_out_loss"] = sum(sums) / sum(counts)
         return numbers
 
     def after(self) -> tuple[dict, list[dict], list[dict]]:
         """(metrics, gains, samples) of base and trained model."""
         self.engine.sync_weights(self.model)
-        after, samples = evals.measure_replies(self.engine, self.tokenizer, self.test, self.replies, self.stops)
-        gains = evals.sft_gains(self.metrics, after, self.replies.eval_reward_funcs, self.test)
+        after, samples = self._measure(chats=True)
+        gains = evals.sft_gains(self.metrics, after, self.replies.eval_reward_funcs, self.start)
+        gains += identity_gains(self.metrics, after, (self.start.split(",")[0], "SFT"))
         metrics = {**{f"{name}, base": value for name, value in self.metrics.items()}, **after}
         if self.losses is not None:
-            trained = supervised_losses(self.model, self.unseen)
+            trained = self._losses()
             metrics |= {"held-out loss, base": _per_token(*self.losses), "held-out loss": _per_token(*trained)}
-            gains.append(loss_gain(self.losses, trained))
+            gains.append(loss_gain(self.losses, trained, self.start.split(",")[0]))
         return metrics, gains, evals.merge_samples({"base": self.samples, "sft": samples})
 
 
@@ -138,11 +211,11 @@ def _per_token(sums: list[float], counts: list[int]) -> dict:
     return measured_ratio(sums, counts, "nats a token")
 
 
-def loss_gain(before: tuple, after: tuple) -> dict:
+def loss_gain(before: tuple, after: tuple, start: str = "base") -> dict:
     """The held-out loss falls on the same conversations: the 95 % interval of the paired change lies below 0."""
     (old, counts), (new, _) = before, after
     change = measured_ratio([b - a for a, b in zip(old, new, strict=True)], counts, "nats a token")
     return gain(
-        "held-out loss", _per_token(*before), _per_token(*after), labels=("base", "SFT"),
+        "held-out loss", _per_token(*before), _per_token(*after), labels=(start, "SFT"),
         goal="lower; paired interval below 0", passed=change["high"] < 0, better="lower",
     )  # fmt: skip

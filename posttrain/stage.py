@@ -20,6 +20,7 @@ from pathlib import Path
 
 from posttrain import args, checkpoint, yaml_file
 from posttrain.args import arg
+from posttrain.conditions import known
 from posttrain.errors import UserError
 from posttrain.provenance import file_sha256s, git_commit, machine, versions
 
@@ -48,6 +49,7 @@ class StageConfig:
         if self.resume not in ("auto", "must", "never"):
             raise UserError(f"resume: found {self.resume!r}, expected auto, must or never")
         args.at_least(self, save_steps=0, save_total_limit=1, logging_steps=1)
+        known(self.allow)
 
 
 def read_manifest(path: str | Path) -> dict | None:

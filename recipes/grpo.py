@@ -13,7 +13,7 @@ from posttrain.errors import entry
 from posttrain.evals import EvalConfig, ReplyConfig
 from posttrain.models import ModelConfig, load_pair, save_pair
 from posttrain.rewards import load_rewards
-from posttrain.rl.batches import encode_prompts
+from posttrain.rl.batches import gated_prompts
 from posttrain.rl.config import RLConfig
 from posttrain.rl.rollout import EngineConfig, make_engine
 from posttrain.rl.trainer import RLTrainer, load_reference
@@ -37,7 +37,7 @@ def main() -> None:
     run = stage.start("grpo", configs, parents={"policy": base.model_name_or_path}, data=sources)
     accelerator = stage.accelerator(optim.bf16)
     policy, tokenizer = load_pair(base, accelerator.device)
-    prompts, test, length = encode_prompts(run, policy, tokenizer, rows, test, config, replies)
+    prompts, test, length = gated_prompts(run, policy, tokenizer, rows, test, config, replies)
     stops = stop_ids(tokenizer, policy)
     engine = make_engine(engines, policy, tokenizer, length, run)
     before, _ = evals.measure_replies(engine, tokenizer, test, replies, stops)

@@ -13,7 +13,7 @@ from posttrain.errors import entry
 from posttrain.evals import EvalConfig, ReplyConfig
 from posttrain.models import ModelConfig, load_pair, save_pair
 from posttrain.rewards.model import load_critic, load_reward_model
-from posttrain.rl.batches import encode_prompts
+from posttrain.rl.batches import gated_prompts
 from posttrain.rl.config import PPOConfig, RLConfig
 from posttrain.rl.rollout import EngineConfig, make_engine
 from posttrain.rl.trainer import RLTrainer, load_reference
@@ -38,7 +38,7 @@ def main() -> None:
     accelerator = stage.accelerator(optim.bf16)
     (policy, tokenizer), reference = load_pair(base, accelerator.device), load_reference(base, accelerator.device)
     reward, critic = load_reward_model(base, ppo, accelerator.device), load_critic(base, ppo, accelerator.device)
-    prompts, test, length = encode_prompts(run, policy, tokenizer, rows, test, config, replies)
+    prompts, test, length = gated_prompts(run, policy, tokenizer, rows, test, config, replies)
     stops, judges = stop_ids(tokenizer, policy), [("reward model", reward, 1.0)]
     engine = make_engine(engines, policy, tokenizer, length, run)
     before, _ = evals.measure_replies(engine, tokenizer, test, replies, stops, judges)

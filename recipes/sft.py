@@ -17,7 +17,7 @@ from posttrain.models import ModelConfig, load_pair, require_positions, save_pai
 from posttrain.rl.rollout import EngineConfig
 from posttrain.sft import SFTConfig, make_trainer, train
 from posttrain.sft_eval import Watch, WatchConfig
-from posttrain.sft_rows import encode_rows
+from posttrain.sft_stream import gated
 from posttrain.stage import StageConfig
 from posttrain.training import OptimConfig
 
@@ -42,9 +42,9 @@ def main() -> None:
     model, tokenizer = load_pair(base, lora=lora)
     set_template(tokenizer, model, config.chat_template_path)
     require_positions(model, "max_length", config.max_length)
-    encoded = encode_rows(tokenizer, rows, config.max_length, config.max_truncated)
+    encoded = gated(run, tokenizer, model, rows, config)
 
-    watch = Watch(run, model, tokenizer, test, unseen, replies, engines, config.max_length)
+    watch = Watch(run, model, tokenizer, test, unseen, replies, engines, config.max_length, watching.identity)
     trained = train_adapter(model, lora, tokenizer)
     trainer = make_trainer(run, trained, tokenizer, encoded, config, optim, watching.eval_steps, watch.during)
     tokens = train(trainer, run)

@@ -40,7 +40,7 @@ def test_conversations_of_1_to_900_tokens_give_one_gradient_however_they_are_bat
         {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "content": reply * n}]}
         for n in lengths
     ]
-    encoded = encode_rows(tokenizer, rows, 1024, 0.0)
+    encoded = encode_rows(tokenizer, rows, 1024)
     assert max(len(row["input_ids"]) for row in encoded) > 800
     loss, norm = reference(new_llama(tokenizer), encoded)
     for packing, size, steps in ((False, 4, 1), (False, 1, 4), (True, 1, len(pack_rows(encoded, 1024, 0)))):
@@ -58,7 +58,7 @@ def test_a_reply_learned_by_heart_ends_by_itself_though_pad_is_the_end_token(tok
     tokenizer, model = deepcopy(tokenizer), new_llama(tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     row = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It is blue."}]}
-    encoded = encode_rows(tokenizer, [row] * 4, 64, 0.0)
+    encoded = encode_rows(tokenizer, [row] * 4, 64)
     sft(tmp_path / "o", tokenizer, model, encoded, max_steps=60, max_length=64, packing=False)
     prompt = chat.encode_chat(tokenizer, row["messages"][:1], add_generation_prompt=True).input_ids
     sampling = Sampling(1, 40, chat.stop_ids(tokenizer), temperature=0.0)
@@ -67,7 +67,7 @@ def test_a_reply_learned_by_heart_ends_by_itself_though_pad_is_the_end_token(tok
 
 
 def test_the_held_out_loss_is_that_of_transformers(tokenizer, model):
-    encoded = encode_rows(tokenizer, ROWS[:12], 256, 1.0)
+    encoded = encode_rows(tokenizer, ROWS[:12], 256)
     sums, counts = sft_eval.supervised_losses(model, encoded, max_tokens=300)
     for row, total, count in zip(encoded, sums, counts, strict=True):
         labels = torch.tensor([row["labels"]])
@@ -106,7 +106,7 @@ def test_measuring_while_training_changes_nothing(small_chain, tmp_path):
 
 def test_a_split_that_is_the_training_data_is_refused(small_chain, tmp_path):
     done = run(argv("sft", small_chain, tmp_path / "o", loss_dataset_split="train", loss_max_rows=50), tmp_path)
-    refused(done, "loss_dataset_split: all 50 conversations of 'train' begin as training rows do", "train[-200:]")
+    refused(done, "loss_dataset_split: all 50 held-out rows of tiny are training rows, too", "train[-100:]")
 
 
 def test_neftune_is_the_papers_noise(tokenizer, tmp_path, restored_signals):
@@ -127,7 +127,7 @@ def test_neftune_is_the_papers_noise(tokenizer, tmp_path, restored_signals):
     )
     model.model.register_forward_pre_hook(watch, with_kwargs=True)
     start = table.weight.detach().clone()
-    encoded = encode_rows(tokenizer, ROWS[:2], 256, 1.0)
+    encoded = encode_rows(tokenizer, ROWS[:2], 256)
     sft(tmp_path / "o", tokenizer, model, encoded, max_steps=1, max_length=256, packing=False, neftune_noise_alpha=5.0)
     gap, bound = noise[0] - start[seen[0]], 5.0 / math.sqrt(noise[0].shape[1] * noise[0].shape[2])
     assert gap.abs().max() <= bound * 1.0001 and gap.abs().max() > 0.98 * bound
@@ -154,7 +154,7 @@ from transformers import AutoTokenizer
 from transformers.models.llama import modeling_llama
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
 model = new_llama(tokenizer)
-sft(sys.argv[1], tokenizer, model, encode_rows(tokenizer, ROWS[:2], 320, 1.0), max_steps=1, max_length=320,
+sft(sys.argv[1], tokenizer, model, encode_rows(tokenizer, ROWS[:2], 320), max_steps=1, max_length=320,
     packing=False, use_liger_kernel=sys.argv[3],
     liger_kernel_config={"rms_norm": False, "swiglu": False})
 print(modeling_llama.apply_rotary_pos_emb.__name__)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.chat import encode_chat
-from posttrain.evals import fit_prompts, prompt_size
+from posttrain import gate
+from posttrain.evals import fit_prompts, prompt_ids, prompt_size
 from posttrain.packing import Packed, by_tokens, pack
 from posttrain.rl.config import RLConfig
 from posttrain.rl.logprobs import completion_positions
@@ -37,13 +37,19 @@ def encode_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], co
     for). Prompts longer than max_prompt_length or than the model's context has room for are left out of both."""
     prompts = []
     for index, row in enumerate(rows):
-        ids = encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids
-        prompts.append({**row, "prompt_ids": ids, "row": index})
+        prompts.append({**row, "prompt_ids": prompt_ids(tokenizer, row), "row": index})
     most, sizes = config.max_prompt_length, [len(row["prompt_ids"]) for row in prompts]
     prompts, longest = fit_prompts(run, model, prompts, sizes, config.max_completion_length + 1, most)
     sizes = [prompt_size(tokenizer, row) for row in test]
     test, longest_test = fit_prompts(run, model, test, sizes, replies.eval_max_tokens + 1, most)
     return prompts, test, max(longest, longest_test)
+
+
+def gated_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies):
+    """`encode_prompts` of what a stage is about to train on, once the gate has let it pass."""
+    prompts, test, longest = encode_prompts(run, model, tokenizer, rows, test, config, replies)
+    gate.require(run, gate.rl_checks(tokenizer, model, rows, prompts, run.parents))
+    return prompts, test, longest
 
 
 def token_lengths(rollouts: Rollouts) -> list[int]:
