@@ -1,8 +1,11 @@
 """The `posttrain` command: thin, each verb calls one function.
 
     posttrain run recipes/tiny [--out DIR] [--from STAGE | --only STAGE] [--set KEY=VALUE] [--seeds 0 1 2] [--dry-run]
+    posttrain inspect --config recipes/tiny/sft.yaml [--KEY VALUE ...] [--rows N] [--html FILE] [--against TOKENIZER]
     posttrain report runs/tiny
     posttrain chat runs/tiny/grpo [--prompt TEXT]
+    posttrain bestof --model runs/tiny/sft --reward runs/tiny/reward --n 16 --data tiny --data_config prompts
+    posttrain template list | show NAME | check FILE [--tokenizer PATH] | diff A B
     posttrain env
 
 In: command-line arguments. Out: what the verb prints; exit code 0, 2 for an error the user can mend, 128 + n after
@@ -21,7 +24,10 @@ def main() -> None:
 
 def command(argv: list[str] | None) -> int:
     """Parse argv (None: the process's own) and call the verb; returns the exit code."""
-    options = parser().parse_args(argv)
+    top = parser()
+    options, options.rest = top.parse_known_args(argv)
+    if options.rest and options.call is not call_inspect:
+        top.error(f"unrecognized arguments: {' '.join(options.rest)}")
     return options.call(options)
 
 
@@ -61,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
         "--accelerate_config", metavar="FILE", help="for `accelerate launch`: FSDP, DeepSpeed, several nodes"
     )
 
+    add_inspect(verbs, debug)
+
     report = verbs.add_parser("report", parents=[debug], help="write report.html of a run again and print the gains")
     report.set_defaults(call=call_report)
     report.add_argument("run", metavar="RUN", help="folder of a run, e.g. runs/tiny")
@@ -76,9 +84,63 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--max_new_tokens", type=int, default=256, help="default: %(default)s")
     chat.add_argument("--seed", type=int, help="default: another one each time")
 
+    _add_bestof(verbs, debug)
+
     env = verbs.add_parser("env", parents=[debug], help="versions, devices, what is missing and how to get it")
     env.set_defaults(call=call_env)
     return top
+
+
+def add_inspect(verbs, debug: argparse.ArgumentParser) -> None:
+    look = verbs.add_parser(
+        "inspect", parents=[debug], help="rows as tokens, and what the gate says of them", allow_abbrev=False,
+        epilog="Every other --KEY VALUE is a key of the stage's config.",
+    )  # fmt: skip
+    look.set_defaults(call=call_inspect)
+    look.add_argument("--config", metavar="FILE", help="YAML of a stage: sft, reward, ppo or grpo")
+    look.add_argument("--stage", metavar="NAME", help="the stage, where the file is not named after it")
+    look.add_argument("--data", metavar="PATH", help="in place of a config: a data set ...")
+    look.add_argument("--model", metavar="PATH", help="... and a model, or a folder with a tokenizer alone")
+    look.add_argument("--template", metavar="FILE", help="with --data: the chat template")
+    look.add_argument("--rows", type=int, default=2, metavar="N", help="show the first N; default: %(default)s")
+    look.add_argument("--html", metavar="FILE", help="write them as a page, too")
+    look.add_argument("--against", metavar="TOKENIZER", help="show the same text under another tokenizer")
+
+
+def add_template(verbs, debug) -> None:
+    """The verb `template` and its actions."""
+    template = verbs.add_parser("template", parents=[debug], help="list, show, check or compare chat templates")
+    actions = template.add_subparsers(title="actions", metavar="ACTION", required=True, dest="action")
+    actions.add_parser("list", parents=[debug], help="a line a template: what it renders")
+    show = actions.add_parser("show", parents=[debug], help="its source and a conversation, what is learned marked")
+    show.add_argument("name", metavar="NAME", help="a name of the list, or a file")
+    check = actions.add_parser("check", parents=[debug], help="all that is wrong with it; exit code 1 if anything is")
+    check.add_argument("name", metavar="FILE", help="a file, or a name of the list")
+    check.add_argument("--tokenizer", metavar="PATH", help="folder or Hub name; default: a small one made for it")
+    diff = actions.add_parser("diff", parents=[debug], help="where the renders of two differ")
+    diff.add_argument("left", metavar="A", help="a name, a file, or a folder with a tokenizer")
+    diff.add_argument("right", metavar="B", help="likewise")
+    template.set_defaults(call=call_template)
+
+
+def _add_bestof(verbs, debug: argparse.ArgumentParser) -> None:
+    best = verbs.add_parser("bestof", parents=[debug], help="what the reward model's favourite of n replies is worth")
+    best.set_defaults(call=call_bestof)
+    best.add_argument("--model", required=True, help="the chat model that is sampled")
+    best.add_argument("--reward", required=True, help="the reward model that picks")
+    best.add_argument("--n", type=int, default=16, help="replies to each prompt; default: %(default)s")
+    best.add_argument("--data", required=True, metavar="NAME", help="rows with prompts: as dataset_name in a config")
+    best.add_argument("--data_config", metavar="NAME", help="as dataset_config")
+    best.add_argument("--data_adapter", metavar="NAME", help="as dataset_adapter")
+    best.add_argument("--split", default="test", help="split or slice; default: %(default)s")
+    best.add_argument("--rows", type=int, default=100, help="prompts; default: %(default)s")
+    best.add_argument("--judge", nargs="*", metavar="NAME", help="reward functions; default: tiny_utility on tiny")
+    best.add_argument("--max_tokens", type=int, default=96, help="replies are cut there; default: %(default)s")
+    best.add_argument("--seed", type=int, default=0, help="of the world and of the samples; default: %(default)s")
+    best.add_argument("--use_vllm", default="auto", choices=("auto", "true", "false"), help="default: %(default)s")
+    best.add_argument("--out", metavar="DIR", help="default: bestof/ in the reward model's folder, if that is one")
+
+    add_template(verbs, debug)
 
 
 def call_run(options: argparse.Namespace) -> int:
@@ -94,6 +156,22 @@ def call_run(options: argparse.Namespace) -> int:
     if options.seeds is None:
         return chain.run(options.chain, options.out, overrides=options.overrides, **shared)
     return seeds.run(options.chain, options.seeds, options.out, overrides=options.overrides, **shared)
+
+
+def call_inspect(options: argparse.Namespace) -> int:
+    from posttrain import inspect
+
+    return inspect.run(
+        options.config,
+        options.rest,
+        stage_name=options.stage,
+        data=options.data,
+        model=options.model,
+        template=options.template,
+        rows=options.rows,
+        html=options.html,
+        against=options.against,
+    )
 
 
 def call_report(options: argparse.Namespace) -> int:
@@ -120,6 +198,48 @@ def call_chat(options: argparse.Namespace) -> int:
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
     )
+
+
+def call_bestof(options: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from posttrain import bestof
+    from posttrain.data import DataConfig
+
+    data = DataConfig(
+        dataset_name=options.data,
+        dataset_config=options.data_config,
+        dataset_adapter=options.data_adapter,
+        max_rows=options.rows,
+    )
+    beside = Path(options.reward) / "bestof" if Path(options.reward).is_dir() else Path("bestof")
+    bestof.run(
+        options.model,
+        options.reward,
+        options.n,
+        data,
+        options.split,
+        judges=options.judge,
+        out=Path(options.out) if options.out else beside,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+        use_vllm=options.use_vllm,
+    )
+    return 0
+
+
+def call_template(options: argparse.Namespace) -> int:
+    from posttrain import template_view as view
+
+    if options.action == "check":
+        report, sound = view.check(options.name, options.tokenizer)
+        print(report)
+        return 0 if sound else 1
+    if options.action == "diff":
+        print(view.diff(options.left, options.right))
+    else:
+        print(view.listing() if options.action == "list" else view.show(options.name))
+    return 0
 
 
 def call_env(_options: argparse.Namespace) -> int:

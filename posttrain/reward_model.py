@@ -5,23 +5,24 @@ Out: a scalar-head model that `AutoModelForSequenceClassification` loads. Launch
 `accelerate launch recipes/reward.py --config recipes/tiny/reward.yaml`.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from posttrain.args import arg, at_least
-from posttrain.chat import control_tokens, encode_chat, reply_end_id, stop_ids
-from posttrain.data import MESSAGES, are_messages
+from posttrain.chat import control_tokens, stop_ids
+from posttrain.data import origin
+from posttrain.early_stopping import EarlyStopping, trained
 from posttrain.errors import UserError
+from posttrain.lora import LoraArgs, add_adapter
 from posttrain.order import shuffled_indices
-from posttrain.packing import by_tokens, pack
 from posttrain.progress import Progress
-from posttrain.rl.logprobs import TokenValues
+from posttrain.ranking_forward import LAYOUTS, Layout, SequenceScores, find_layout
+from posttrain.ranking_losses import LOSS_FUNCTIONS, TIES, RankingLoss
+from posttrain.ranking_rows import Ranking
 from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
-
-LOSSES = ("plackett_luce", "bradley_terry")
 
 
 @dataclass
@@ -29,108 +30,50 @@ class RewardConfig:
     """Reward model: loss and batches"""
 
     loss_type: str = arg(
-        "plackett_luce", help="plackett_luce: the whole order; bradley_terry: all its pairs, averaged"
+        "plackett_luce",
+        help="plackett_luce: the whole order; bradley_terry: all its pairs, averaged; top1: the best against the rest",
+    )
+    ties: str = arg("average", help="plackett_luce's ties: average over their orders, or breslow (cheap, approximate)")
+    label_smoothing: float = arg(0.0, help="chance that a choice was an error; below 0.5")
+    center_rewards_coefficient: float = arg(0.0, help="weight of (2 x a ranking's mean score)^2, which centres scores")
+    layout: str = arg(
+        "auto", help="prefix: a prompt's tokens once for its K replies; packed; padded; auto: what the model can take"
     )
     max_steps: int = arg(300, help="optimizer steps")
     batch_size: int = arg(32, help="rankings of a step, over all processes")
     max_length: int = arg(256, help="longest prompt with reply, in tokens; longer ones are left out and counted")
     max_tokens_per_microbatch: int = arg(8192, help="tokens of one forward and backward; memory, not mathematics")
+    eval_steps: int = arg(0, help="measure the validation loss every so many steps, to stop early; 0 = never")
+    early_stopping_patience: int = arg(3, help="stop after so many evaluations without a lower validation loss")
+    validation_share: float = arg(0.1, help="with eval_steps: share of the training prompts kept for that loss alone")
 
     def __post_init__(self):
-        if self.loss_type not in LOSSES:
-            raise UserError(f"loss_type: found {self.loss_type!r}, expected one of {', '.join(LOSSES)}")
-        at_least(self, max_steps=1, batch_size=1, max_length=2, max_tokens_per_microbatch=1)
+        for key, allowed in {"loss_type": LOSS_FUNCTIONS, "ties": TIES, "layout": ("auto", *LAYOUTS)}.items():
+            if getattr(self, key) not in allowed:
+                raise UserError(f"{key}: found {getattr(self, key)!r}, expected one of {', '.join(allowed)}")
+        for key, bound in {"label_smoothing": 0.5, "center_rewards_coefficient": math.inf}.items():
+            if not 0 <= getattr(self, key) < bound:
+                raise UserError(f"{key}: found {getattr(self, key)}, expected 0 or more and less than {bound}")
+        if not 0 < self.validation_share < 1:
+            raise UserError(f"validation_share: found {self.validation_share}, expected more than 0 and less than 1")
+        least = {"max_steps": 1, "batch_size": 1, "max_length": 2, "max_tokens_per_microbatch": 1}
+        at_least(self, **least, eval_steps=0, early_stopping_patience=1)
+
+    def layouts(self) -> tuple[str, ...]:
+        """Those to try, in this order."""
+        return LAYOUTS if self.layout == "auto" else (self.layout,)
+
+    def loss(self) -> RankingLoss:
+        return RankingLoss(self.loss_type, self.ties, self.label_smoothing, self.center_rewards_coefficient)
 
 
-@dataclass
-class Ranking:
-    """K encoded replies with their prompt, best to worst."""
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did; `best_step` is None where nothing was stopped early."""
 
-    sequences: list[list[int]]
-    ranks: list[int]  # non-decreasing; equal = tie
-    row: int
-
-
-def encode_rankings(tokenizer, rows: list[dict], max_length: int) -> tuple[list[Ranking], int]:
-    """(rankings, number left out as too long). UserError naming the row where a ranking is malformed.
-
-    A sequence ends with the token that closes the reply: a sampled reply has none of what a template puts after it.
-    """
-    rankings, too_long, end = [], 0, reply_end_id(tokenizer)
-    for index, row in enumerate(rows):
-        completions = row.get("completions") or [row[key] for key in ("chosen", "rejected") if key in row]
-        ranks = row.get("ranks") or list(range(len(completions)))
-        if len(completions) < 2 or len(ranks) != len(completions) or sorted(ranks) != list(ranks):
-            raise UserError(
-                f"row {index}: {len(completions)} completions with ranks {ranks}; expected two or more completions, "
-                "best first, with as many ranks in rising order (equal = tie)"
-            )
-        for messages in (row["prompt"], *completions):
-            if not are_messages(messages):
-                raise UserError(f"row {index}: found {str(messages)[:80]!r}, expected {MESSAGES}")
-        sequences = [encode_chat(tokenizer, [*row["prompt"], *reply]).input_ids for reply in completions]
-        sequences = [ids[: len(ids) - ids[::-1].index(end)] if end in ids else ids for ids in sequences]
-        if max(map(len, sequences)) > max_length:
-            too_long += 1
-        else:
-            rankings.append(Ranking(sequences, list(ranks), index))
-    if not rankings:
-        raise UserError(f"all {len(rows)} rankings have a reply longer than max_length {max_length} tokens: raise it")
-    return rankings, too_long
-
-
-def plackett_luce_loss(scores: Tensor, ranks: list[int]) -> Tensor:
-    """-log likelihood of an order (Plackett 1975): sum over places of logsumexp(scores still in the race) - score.
-
-    scores (K,), best first. The last place, where one is left, adds 0. Within a tie every member is held against all
-    that are not better (Breslow 1974), so the order of tied replies does not matter. K = 2 is the Bradley-Terry loss.
-    """
-    total = scores.new_zeros(())
-    for place, rank in enumerate(ranks):
-        race = scores[ranks.index(rank) :]
-        if len(race) > 1:
-            total = total + torch.logsumexp(race, 0) - scores[place]
-    return total
-
-
-def bradley_terry_loss(scores: Tensor, ranks: list[int]) -> Tensor:
-    """Mean over pairs of different ranks of -log sigmoid(better - worse) (InstructGPT, 2203.02155); scores (K,)."""
-    pairs = [(i, j) for i in range(len(ranks)) for j in range(i + 1, len(ranks)) if ranks[i] < ranks[j]]
-    if not pairs:
-        return scores.sum() * 0.0
-    better, worse = (torch.tensor(side, device=scores.device) for side in zip(*pairs, strict=True))
-    return -torch.nn.functional.logsigmoid(scores[better] - scores[worse]).mean()
-
-
-LOSS_FUNCTIONS = {"plackett_luce": plackett_luce_loss, "bradley_terry": bradley_terry_loss}
-
-
-def score_sequences(scorer: torch.nn.Module, sequences: list[list[int]], device) -> Tensor:
-    """(N,) scores read at each sequence's last token, from one packed forward."""
-    packed = pack(sequences, capacity=max(256, *map(len, sequences)))
-    last = torch.tensor([start + length - 1 for start, length in zip(packed.starts, packed.lengths, strict=True)])
-    packed = packed.to(device)
-    return scorer(packed.input_ids, packed.position_ids, last.to(device))
-
-
-@torch.no_grad()
-def score_all(model, sequences: list[list[int]], max_tokens: int = 8192) -> list[float]:
-    """Scores of any number of sequences under a scalar-head model, in eval mode, in their order."""
-    was_training, scorer = model.training, TokenValues(model)
-    model.eval()
-    scores = [0.0] * len(sequences)
-    for batch in by_tokens([len(s) for s in sequences], max_tokens):
-        values = score_sequences(scorer, [sequences[i] for i in batch], model.device)
-        for index, value in zip(batch, values.tolist(), strict=True):
-            scores[index] = value
-    model.train(was_training)
-    return scores
-
-
-def score_rankings(model, rankings: list[Ranking]) -> list[list[float]]:
-    """Scores of each ranking's replies, best-ranked first."""
-    flat = iter(score_all(model, [s for ranking in rankings for s in ranking.sequences]))
-    return [[next(flat) for _ in ranking.sequences] for ranking in rankings]
+    tokens: int
+    step: int
+    best_step: int | None
 
 
 def init_head(model) -> None:
@@ -148,37 +91,74 @@ def set_pad(model, tokenizer) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
 
 
-def train(stage, accelerator, model, rankings: list[Ranking], config: RewardConfig, optim: OptimConfig) -> int:
-    """Train `model` in place; returns the number of tokens seen."""
-    model.train()
-    updater = Updater(TokenValues(model), accelerator, optim, config.max_steps)
-    loss_function = LOSS_FUNCTIONS[config.loss_type]
-    step, tokens = 0, 0
-    if stage.resume_folder is not None:
-        from safetensors.torch import load_model
+def choose_layout(stage, model, rankings: list[Ranking], config: RewardConfig) -> Layout:
+    """The layout that `layout` asks for. UserError where the model cannot take it; `stage` is told of a fall-back."""
+    longest = max(len(s) for ranking in rankings for s in ranking.sequences)
+    try:
+        layout, why = find_layout(model, longest, config.layouts())
+    except ValueError as error:
+        raise UserError(f"layout: {config.layout}, but {error}; --layout auto takes the next best one") from error
+    if why:
+        stage.note(f"scores come from the {layout.name} layout: {why}")
+    return layout
 
-        load_model(model, stage.resume_folder / "model.safetensors")
-        state = read_state(stage.resume_folder)
-        updater.load_state(state["updater"])
-        step, tokens = state["step"], state["tokens"]
+
+def prepare(model, tokenizer, lora: LoraArgs):
+    """Draw the head and choose the pad; with use_peft put adapters inside. Returns what is to be saved."""
+    init_head(model)
+    set_pad(model, tokenizer)
+    return add_adapter(model, lora, task_type="SEQ_CLS") if lora.use_peft else model
+
+
+def split_validation(
+    rankings: list[Ranking], rows: list[dict], config: RewardConfig
+) -> tuple[list[Ranking], list[Ranking]]:
+    """(to learn from, to stop by): whole prompts, taken by the hash of their first user turn, so that neither seed
+    nor order matters; without eval_steps all of them are learned from. UserError where either side is empty."""
+    share = config.validation_share
+    if not config.eval_steps:
+        return rankings, []
+
+    def draw(ranking: Ranking) -> float:
+        key = f"validation {origin(rows[ranking.row])}"
+        return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 16**8
+
+    held = [draw(ranking) < share for ranking in rankings]
+    parts = [[r for r, out in zip(rankings, held, strict=True) if out == side] for side in (False, True)]
+    if not all(parts):
+        raise UserError(
+            f"validation_share: {share} of {len(rankings)} rankings leaves {len(parts[0])} to learn from and "
+            f"{len(parts[1])} to stop by; take another share, or eval_steps 0"
+        )
+    return parts[0], parts[1]
+
+
+def train(
+    stage, accelerator, model, rankings: list[Ranking], config: RewardConfig, optim: OptimConfig, validation=()
+) -> Trained:
+    """Train `model` in place; with eval_steps and `validation` rankings it ends with the weights that were best there.
+
+    Deterministic in the stage's seed, and bit-equal on a CPU however often it is interrupted and resumed.
+    """
+    model.train()
+    layout = choose_layout(stage, model, rankings, config)
+    updater = Updater(SequenceScores(model), accelerator, optim, config.max_steps)
+    stopper = EarlyStopping(model, config.early_stopping_patience)
+    step, tokens = _resume(stage, model, updater, stopper) if stage.resume_folder is not None else (0, 0)
+    rank, world, loss = accelerator.process_index, accelerator.num_processes, config.loss()
+    require_multiple(config, "batch_size", world)
 
     def share(batch: list[Ranking]):
-        sequences = [s for ranking in batch for s in ranking.sequences]
-        scores = score_sequences(updater.model, sequences, accelerator.device)
-        pieces = scores.split([len(ranking.sequences) for ranking in batch])
-        losses = [loss_function(piece, ranking.ranks) for piece, ranking in zip(pieces, batch, strict=True)]
-        return torch.stack(losses).sum() / config.batch_size
+        return batch_losses(updater.model, batch, layout, loss, accelerator.device).sum() / config.batch_size
 
     progress = Progress(stage.name, config.max_steps, initial=step)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    require_multiple(config, "batch_size", world)
     with stage.running():
-        while step < config.max_steps and not stage.stopping:
+        while step < config.max_steps and not stopper.done and not stage.stopping:
             taken = shuffled_indices(step, config.batch_size, len(rankings), stage.config["seed"])
             tokens += sum(len(s) for i in taken for s in rankings[i].sequences)
             batch = [rankings[i] for i in taken[rank::world]]
-            sizes = [sum(map(len, ranking.sequences)) for ranking in batch]
-            groups = [[batch[i] for i in group] for group in by_tokens(sizes, config.max_tokens_per_microbatch)]
+            parts = layout.micro_batches(batch, config.max_tokens_per_microbatch)
+            groups = [[batch[i] for i in part] for part in parts]
 
             def rows(batch=batch) -> str:
                 return ", ".join(str(ranking.row) for ranking in batch[:8])
@@ -186,14 +166,60 @@ def train(stage, accelerator, model, rankings: list[Ranking], config: RewardConf
             numbers = updater.step(groups, share, rows)
             step += 1
             progress.update(loss=numbers["loss"])
-            if step % stage.config["logging_steps"] == 0 or step == config.max_steps:
+            if config.eval_steps and validation and (step % config.eval_steps == 0 or step == config.max_steps):
+                numbers["eval_loss"] = mean_loss(model, validation, layout, accelerator, config)
+                stopper.see(step, numbers["eval_loss"])
+            if step % stage.config["logging_steps"] == 0 or step == config.max_steps or "eval_loss" in numbers:
                 stage.log(step, **numbers, tokens=tokens)
-            if stage.due(step, config.max_steps):
-                stage.save(step, lambda f, step=step, tokens=tokens: _write(f, model, updater, step, tokens))
+            if stage.due(step, step if stopper.done else config.max_steps):
+                parts = {"updater": updater.state(), "step": step, "tokens": tokens, "stopping": stopper.state()}
+                stage.save(step, lambda folder, parts=parts: _write(folder, model, stopper, parts))
     progress.close()
-    return tokens
+    stopper.restore()
+    if stopper.done:
+        stage.note(f"stopped at step {step}: the validation loss was lowest at step {stopper.best_step}")
+    return Trained(tokens, step, stopper.best_step or None)
 
 
-def _write(folder, model, updater: Updater, step: int, tokens: int) -> None:
-    model.save_pretrained(folder)
-    write_state(folder, updater=updater.state(), step=step, tokens=tokens)
+def batch_losses(scorer, batch: list[Ranking], layout: Layout, loss: RankingLoss, device) -> torch.Tensor:
+    """(rankings,) losses from one forward."""
+    scores = scorer(layout.batch([ranking.sequences for ranking in batch]).to(device))
+    pieces = scores.split([len(ranking.sequences) for ranking in batch])
+    return torch.stack([loss(piece, r.ranks, r.margins) for piece, r in zip(pieces, batch, strict=True)])
+
+
+@torch.no_grad()
+def mean_loss(model, rankings: list[Ranking], layout: Layout, accelerator, config: RewardConfig) -> float:
+    """Mean -log likelihood of rankings over all processes, each taking its share; without smoothing and centering.
+
+    `model` is the bare one: a DDP module would have its processes wait for each other's micro-batches.
+    """
+    scorer = SequenceScores(model).eval()
+    mine = rankings[accelerator.process_index :: accelerator.num_processes]
+    plain, total = RankingLoss(config.loss_type, config.ties), torch.zeros((), device=accelerator.device)
+    for group in layout.micro_batches(mine, config.max_tokens_per_microbatch):
+        with accelerator.autocast():
+            total += batch_losses(scorer, [mine[i] for i in group], layout, plain, accelerator.device).sum()
+    scorer.train()
+    return accelerator.reduce(total, "sum").item() / len(rankings)
+
+
+def _write(folder, model, stopper: EarlyStopping, parts: dict) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: p.detach().contiguous() for name, p in trained(model).items()}, folder / "model.safetensors")
+    stopper.save(folder)
+    write_state(folder, **parts)
+
+
+def _resume(stage, model, updater: Updater, stopper: EarlyStopping) -> tuple[int, int]:
+    from safetensors.torch import load_file
+
+    weights = load_file(stage.resume_folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(weights[name])
+    state = read_state(stage.resume_folder)
+    updater.load_state(state["updater"])
+    stopper.load(stage.resume_folder, state["stopping"])
+    return state["step"], state["tokens"]

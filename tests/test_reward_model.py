@@ -1,8 +1,11 @@
-"""Reward models: ranking losses against closed forms, scores against transformers' own, metrics by hand."""
+"""Reward models: training, early stopping, adapters, resuming, and scores against transformers' own.
 
-import itertools
+Run: pytest tests/test_reward_model.py
+"""
+
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -10,119 +13,15 @@ from rl_helpers import assert_same_gradients, gradients_of, signals_restored, st
 
 from posttrain import stage
 from posttrain.errors import UserError
-from posttrain.models import ModelConfig
-from posttrain.ranking_metrics import kendall_tau, measure_rankings, pair_accuracy
-from posttrain.reward_model import (
-    LOSS_FUNCTIONS,
-    Ranking,
-    RewardConfig,
-    bradley_terry_loss,
-    encode_rankings,
-    init_head,
-    plackett_luce_loss,
-    score_all,
-    train,
-)
+from posttrain.lora import LoraArgs
+from posttrain.models import ModelConfig, save_pair
+from posttrain.ranking_forward import LAYOUTS, score_all
+from posttrain.ranking_losses import LOSS_FUNCTIONS, RankingLoss
+from posttrain.ranking_rows import Ranking
+from posttrain.reward_model import RewardConfig, init_head, prepare, split_validation, train
 from posttrain.rewards.model import RewardModelScore, load_critic, load_reward_model
 from posttrain.rl.config import PPOConfig
 from posttrain.training import OptimConfig
-
-
-@pytest.mark.parametrize("loss", LOSS_FUNCTIONS.values(), ids=LOSS_FUNCTIONS)
-@pytest.mark.parametrize("gap", [-30.0, -1.5, 0.0, 0.7, 30.0])
-def test_two_replies_are_the_bradley_terry_loss(loss, gap):
-    found = loss(torch.tensor([0.4 + gap, 0.4], dtype=torch.float64), [0, 1]).item()
-    assert found == pytest.approx(math.log1p(math.exp(-gap)))
-    assert gap != 0 or found == pytest.approx(math.log(2))
-
-
-@pytest.mark.parametrize("k", [2, 3, 5, 8])
-def test_equal_scores_cost_the_log_of_the_number_of_orders(k):
-    assert plackett_luce_loss(torch.full((k,), 2.5), list(range(k))).item() == pytest.approx(
-        math.log(math.factorial(k))
-    )
-    assert bradley_terry_loss(torch.full((k,), 2.5), list(range(k))).item() == pytest.approx(math.log(2))
-
-
-def test_plackett_luce_by_hand():
-    # weights 3, 2, 1: the order has probability 3/6 * 2/3 * 1
-    scores = torch.tensor([3.0, 2.0, 1.0]).log()
-    assert plackett_luce_loss(scores, [0, 1, 2]).item() == pytest.approx(-math.log(1 / 3), abs=1e-6)
-
-
-def test_the_probabilities_of_all_orders_sum_to_one():
-    scores = torch.tensor([0.3, -1.2, 2.0, 0.9])
-    orders = [list(order) for order in itertools.permutations(range(4))]
-    assert sum(math.exp(-plackett_luce_loss(scores[o], [0, 1, 2, 3]).item()) for o in orders) == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("loss", LOSS_FUNCTIONS.values(), ids=LOSS_FUNCTIONS)
-@pytest.mark.parametrize("ranks", [[0, 1, 2, 3], [0, 0, 1, 2], [0, 1, 1, 1], [0, 0, 2, 2]])
-def test_only_differences_of_scores_count(loss, ranks):
-    scores = torch.tensor([0.3, -1.2, 2.0, 0.9])
-    assert loss(scores + 17, ranks).item() == pytest.approx(loss(scores, ranks).item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("loss", LOSS_FUNCTIONS.values(), ids=LOSS_FUNCTIONS)
-def test_the_order_of_tied_replies_does_not_matter(loss):
-    scores, ranks = [0.3, -1.2, 2.0, 0.9, -0.4], [0, 1, 1, 1, 2]
-    losses = [
-        loss(torch.tensor([scores[0], *middle, scores[4]]), ranks).item()
-        for middle in itertools.permutations(scores[1:4])
-    ]
-    assert losses == pytest.approx([losses[0]] * 6)
-
-
-def test_ties_by_hand():
-    # Breslow: both firsts against all three, the last alone; pairs: each first against the last
-    a, b, c = 0.5, -0.3, 1.1
-    everyone = math.log(sum(map(math.exp, (a, b, c))))
-    found = plackett_luce_loss(torch.tensor([a, b, c]), [0, 0, 1]).item()
-    assert found == pytest.approx(2 * everyone - a - b, abs=1e-6)
-    pairs = (math.log1p(math.exp(c - a)) + math.log1p(math.exp(c - b))) / 2
-    assert bradley_terry_loss(torch.tensor([a, b, c]), [0, 0, 1]).item() == pytest.approx(pairs, abs=1e-6)
-
-
-def test_a_ranking_of_ties_alone_has_no_pairs_to_learn_from():
-    scores = torch.tensor([1.0, 2.0], requires_grad=True)
-    loss = bradley_terry_loss(scores, [0, 0])
-    loss.backward()
-    assert loss.item() == 0 and scores.grad.tolist() == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("loss", LOSS_FUNCTIONS.values(), ids=LOSS_FUNCTIONS)
-@pytest.mark.parametrize("ranks", [[0, 1, 2, 3, 4], [0, 0, 1, 1, 2], [0, 1, 1, 1, 1]])
-def test_gradient_equals_finite_differences(loss, ranks):
-    scores = torch.tensor([0.3, -1.2, 2.0, 0.9, -0.1], dtype=torch.float64, requires_grad=True)
-    loss(scores, ranks).backward()
-    for k in range(5):
-        step = torch.zeros(5, dtype=torch.float64)
-        step[k] = 1e-6
-        with torch.no_grad():
-            slope = (loss(scores + step, ranks) - loss(scores - step, ranks)) / 2e-6
-        assert scores.grad[k].item() == pytest.approx(slope.item(), abs=1e-7)
-
-
-@pytest.mark.parametrize("loss", LOSS_FUNCTIONS.values(), ids=LOSS_FUNCTIONS)
-def test_known_utilities_are_recovered_from_sampled_rankings(loss):
-    """20000 orders of five replies, drawn by adding Gumbel noise to their utilities (Plackett-Luce)."""
-    true = torch.tensor([1.0, 0.4, 0.0, -0.5, -0.9])
-    generator = torch.Generator().manual_seed(0)
-    noise = -torch.log(-torch.log(torch.rand(20_000, 5, generator=generator)))
-    orders, counts = (true + noise).argsort(1, descending=True).unique(dim=0, return_counts=True)
-    scores = torch.zeros(5, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scores], max_iter=30)
-
-    def closure():
-        optimizer.zero_grad()
-        losses = torch.stack([loss(scores[order], [0, 1, 2, 3, 4]) for order in orders])
-        mean = (losses * counts).sum() / counts.sum()
-        mean.backward()
-        return mean
-
-    optimizer.step(closure)
-    found = scores.detach() - scores.detach().mean()
-    torch.testing.assert_close(found, true - true.mean(), atol=0.05, rtol=0)
 
 
 def some_sequences() -> list[list[int]]:
@@ -149,21 +48,6 @@ def test_scores_are_those_of_transformers_on_a_right_padded_batch(tmp_path, max_
     torch.testing.assert_close(torch.tensor(score_all(model, sequences, max_tokens)), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_score_does_not_depend_on_its_batch_mates():
-    model = tiny_scorer().train()
-    together = score_all(model, some_sequences())
-    alone = [score_all(model, [s])[0] for s in some_sequences()]
-    assert together == pytest.approx(alone, abs=1e-5)
-    assert score_all(model, some_sequences()[::-1]) == pytest.approx(together[::-1], abs=1e-5)
-    assert model.training
-
-
-def test_dropout_is_off_while_scoring_and_back_on_after():
-    model = tiny_scorer(attention_dropout=0.5).train()
-    assert score_all(model, some_sequences()) == score_all(model, some_sequences())
-    assert model.training
-
-
 def test_head_is_drawn_with_the_width_it_reads():
     model = tiny_scorer(hidden_size=2048, intermediate_size=8, head_dim=2, num_hidden_layers=1)
     init_head(model)
@@ -172,102 +56,195 @@ def test_head_is_drawn_with_the_width_it_reads():
     assert abs(weights.mean().item()) < 4 / 2049
 
 
-def say(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
-
-
-def ranking_rows() -> list[dict]:
-    prompt = [{"role": "user", "content": "q"}]
-    return [
-        {"prompt": prompt, "completions": [say("best"), say("good"), say("so-so")], "ranks": [0, 1, 1]},
-        {"prompt": prompt, "chosen": say("yes"), "rejected": say("a no that is much too long")},
-        {"prompt": prompt, "completions": [say("x"), say("y")]},
-    ]
-
-
-def test_rankings_are_encoded_with_their_prompt_to_the_end_token():
-    tokenizer = tiny_tokenizer()
-    rankings, too_long = encode_rankings(tokenizer, ranking_rows(), 1000)
-    assert too_long == 0
-    assert [r.ranks for r in rankings] == [[0, 1, 1], [0, 1], [0, 1]]
-    text = "<|im_start|>user<|im_sep|>q<|im_end|><|im_start|>assistant<|im_sep|>yes<|im_end|>"
-    assert rankings[1].sequences[0] == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def test_too_long_rankings_are_left_out_and_counted():
-    rankings, too_long = encode_rankings(tiny_tokenizer(), ranking_rows(), 30)
-    assert ([r.row for r in rankings], too_long) == ([0, 2], 1)
-    with pytest.raises(UserError, match="all 3 rankings.*max_length 5"):
-        encode_rankings(tiny_tokenizer(), ranking_rows(), 5)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"completions": [say("alone")]}, {"completions": []}, {"ranks": [0, 1]}, {"ranks": [1, 0, 2]}],
-    ids=["one", "none", "fewer ranks", "unsorted"],
-)
-def test_a_malformed_ranking_is_named(changes):
-    rows = ranking_rows()
-    rows[0] = {**rows[0], **changes}
-    with pytest.raises(UserError, match="row 0: "):
-        encode_rankings(tiny_tokenizer(), rows, 1000)
-
-
-def run_training(folder, model, rankings, *, learning_rate=1e-2, **keys):
+def run_training(folder, model, rankings, *, learning_rate=1e-2, validation=(), save_total_limit=9, **keys):
     config = RewardConfig(**keys)
     optim = OptimConfig(learning_rate=learning_rate, warmup_steps=0, max_grad_norm=1e9)
     with signals_restored():
-        run = start_stage(folder, config, optim, name="reward", save_steps=2)
-        tokens = train(run, stage.accelerator(bf16=False), model, rankings, config, optim)
-    return run, tokens
+        run = start_stage(folder, config, optim, name="reward", save_steps=2, save_total_limit=save_total_limit)
+        done = train(run, stage.accelerator(bf16=False), model, rankings, config, optim, validation)
+    return run, done
 
 
-def rankings_by_length(sizes: list[list[int]]) -> list[Ranking]:
-    """Random sequences; the shorter the better."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        Ranking(
-            [torch.randint(5, 250, (n,), generator=generator).tolist() for n in sorted(row)], list(range(len(row))), i
-        )
-        for i, row in enumerate(sizes)
-    ]
+def rankings_by_length(sizes: list[list[int]], seed: int = 1) -> list[Ranking]:
+    """Random replies to random prompts of 9 tokens; the shorter the better."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(5, 250, (n,), generator=generator).tolist()
+
+    rankings = []
+    for index, row in enumerate(sizes):
+        prompt = draw(9)
+        rankings.append(Ranking([prompt + draw(n) for n in sorted(row)], list(range(len(row))), index))
+    return rankings
 
 
+def weights_of(model) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def log_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss_type", LOSS_FUNCTIONS)
-def test_gradient_is_the_mean_over_rankings_whatever_the_micro_batches(tmp_path, loss_type):
+def test_gradient_is_the_mean_over_rankings_whatever_the_micro_batches(tmp_path, loss_type, layout):
     rankings = rankings_by_length([[1, 200], [30, 60, 90, 2], [5, 6, 7], [100, 101]])
-    model = tiny_scorer()
+    rankings[1].ranks, rankings[2].margins = [0, 1, 1, 2], [0.0, 0.3, 0.6]
+    keys = {"loss_type": loss_type, "label_smoothing": 0.1, "center_rewards_coefficient": 0.01}
+    model, loss = tiny_scorer(), RankingLoss(**keys)
     losses = []
     for ranking in rankings:  # one sequence a forward, by transformers itself
         scores = torch.cat([model(input_ids=torch.tensor([s])).logits[0] for s in ranking.sequences])
-        losses.append(LOSS_FUNCTIONS[loss_type](scores, ranking.ranks))
+        losses.append(loss(scores, ranking.ranks, ranking.margins))
     torch.stack(losses).mean().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     for max_tokens in (1, 150, 8192):
         model = tiny_scorer()
         with gradients_of(model) as found:
-            _, tokens = run_training(
-                tmp_path / str(max_tokens), model, rankings, loss_type=loss_type, max_steps=1, batch_size=4,
-                max_tokens_per_microbatch=max_tokens,
+            _, done = run_training(
+                tmp_path / str(max_tokens), model, rankings, **keys, max_steps=1, batch_size=4,
+                max_tokens_per_microbatch=max_tokens, layout=layout,
             )  # fmt: skip
         assert_same_gradients(found, expected, rtol=1e-3)
-        assert tokens == sum(len(s) for r in rankings for s in r.sequences)
+        assert done.tokens == sum(len(s) for r in rankings for s in r.sequences)
 
 
 def test_training_learns_to_prefer_the_shorter_reply_and_resumes_bit_equal(tmp_path):
     rankings, ends = rankings_by_length([[4, 12, 20]] * 24), []
-    for start in (0, 4):
-        model = tiny_scorer(initializer_range=0.02)
-        run, _ = run_training(tmp_path / "out", model, rankings, learning_rate=3e-3, max_steps=6, batch_size=24)
-        assert (run.resume_folder is None) == (start == 0)
-        ends.append([p.detach().clone() for p in model.parameters()])
-        lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for cut in (None, 4, 2):
+        model, out = tiny_scorer(initializer_range=0.02), tmp_path / "out"
+        if cut is not None:
+            interrupted_at(out, cut)
+        run, _ = run_training(out, model, rankings, learning_rate=3e-3, max_steps=6, batch_size=24)
+        assert (run.resume_folder is None) if cut is None else run.resume_folder.name == f"step-0000000{cut}"
+        ends.append(weights_of(model))
+        assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4, 5, 6]
+    for end in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
+    assert log_of(tmp_path / "out")[-1]["loss"] < 0.8 * math.log(6)  # ln 3! is what equal scores cost
+
+
+def interrupted_at(out, step: int) -> None:
+    """As if the run had died after the checkpoint at `step`."""
+    for folder in (out / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+
+
+def test_training_stops_when_held_out_likelihood_no_longer_falls_and_keeps_the_best(tmp_path):
+    """The order of the validation rankings is the opposite: the better it learns, the worse they get."""
+    rankings = rankings_by_length([[4, 12, 20]] * 24)
+    against = [Ranking(r.sequences[::-1], r.ranks, r.row) for r in rankings_by_length([[4, 12, 20]] * 12, seed=2)]
+    keys = {"learning_rate": 3e-3, "max_steps": 40, "batch_size": 24, "eval_steps": 2, "early_stopping_patience": 3}
+    ends = []
+    for cut in (None, 4):
+        model, out = tiny_scorer(initializer_range=0.02), tmp_path / "out"
+        if cut is not None:
+            interrupted_at(out, cut)
+        run, done = run_training(out, model, rankings, validation=against, **keys)
+        lines = log_of(out)
+        evals = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+        best = min(evals, key=evals.get)
+        assert done.best_step == best and done.step == best + 6 == lines[-1]["step"] < 40
+        ends.append(weights_of(model))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-    assert lines[-1]["loss"] < 0.8 * math.log(6)  # ln 3! is what equal scores cost
+    # the kept weights give the lowest validation loss, by transformers itself
+    loss, found = RankingLoss(), []
+    for ranking in against:
+        with torch.no_grad():
+            scores = torch.cat([model(input_ids=torch.tensor([s])).logits[0] for s in ranking.sequences])
+        found.append(loss(scores, ranking.ranks).item())
+    assert sum(found) / len(found) == pytest.approx(evals[best], abs=1e-5)
+    assert evals[best] < max(evals.values()) - 0.01
 
 
-def test_reward_function_normalises_and_clips(tmp_path):
+def test_early_stopping_is_off_by_default_and_changes_nothing_until_it_stops(tmp_path):
+    rankings, ends = rankings_by_length([[4, 12, 20]] * 24), []
+    held = rankings_by_length([[4, 12, 20]] * 12, seed=2)
+    for name, keys in {"off": {}, "on": {"eval_steps": 4, "early_stopping_patience": 9, "validation": held}}.items():
+        model = tiny_scorer(initializer_range=0.02)
+        _, done = run_training(tmp_path / name, model, rankings, max_steps=4, batch_size=24, **keys)
+        assert done.best_step == (None if name == "off" else 4)
+        assert any("eval_loss" in line for line in log_of(tmp_path / name)) == (name == "on")
+        ends.append(weights_of(model))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_validation_keeps_whole_prompts_and_does_not_depend_on_their_order():
+    rows = [{"prompt": [{"role": "user", "content": f"q{i % 40}"}]} for i in range(120)]
+    rankings = [Ranking([[1], [2]], [0, 1], i) for i in range(120)]
+    config = RewardConfig(eval_steps=5, validation_share=0.25)
+    learn, held = split_validation(rankings, rows, config)
+    assert len(learn) + len(held) == 120 and 3 * 4 <= len(held) <= 3 * 17  # 40 prompts: 10 +- 2.5 standard errors
+    assert not {r.row % 40 for r in learn} & {r.row % 40 for r in held}
+    assert {r.row for r in split_validation(rankings[::-1], rows, config)[1]} == {r.row for r in held}
+    assert split_validation(rankings, rows, RewardConfig()) == (rankings, [])
+    with pytest.raises(UserError, match="validation_share: 0.25 of 3 rankings leaves"):
+        split_validation([r for r in rankings if r.row % 40 == learn[0].row % 40], rows, config)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"loss_type": "pairs"}, "loss_type: found 'pairs', expected one of plackett_luce, bradley_terry, top1"),
+        ({"ties": "davidson"}, "ties: found 'davidson', expected one of average, breslow"),
+        ({"layout": "flash"}, "layout: found 'flash', expected one of auto, prefix"),
+        ({"label_smoothing": 0.5}, "label_smoothing: found 0.5"),
+        ({"center_rewards_coefficient": -1.0}, "center_rewards_coefficient: found -1.0"),
+        ({"validation_share": 1.0}, "validation_share: found 1.0"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience: found 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(keys, words):
+    with pytest.raises(UserError, match=words):
+        RewardConfig(**keys)
+
+
+def base_model(folder):
+    """A causal LM on disk, as the stage before leaves it."""
+    from rl_helpers import tiny_llama
+
+    save_pair(tiny_llama(), tiny_tokenizer(), folder)
+    return folder
+
+
+def test_an_adapter_learns_resumes_and_scores_the_same_however_it_is_loaded(tmp_path):
+    """Merged weights by plain transformers, the adapter by peft, and by transformers on the adapter's folder."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from posttrain.models import load_scalar_model
+
+    base, rankings, ends = base_model(tmp_path / "base"), rankings_by_length([[4, 12, 20]] * 24), []
+    keys = {"learning_rate": 1e-2, "max_steps": 6, "batch_size": 24}
+    for cut in (None, 4):
+        if cut is not None:
+            interrupted_at(tmp_path / "out", cut)
+        torch.manual_seed(0)
+        model = load_scalar_model(ModelConfig(str(base)))
+        before = weights_of(model.model.layers[0])
+        wrapped = prepare(model, tiny_tokenizer(), LoraArgs(use_peft=True, lora_r=4, lora_alpha=8))
+        run_training(tmp_path / "out", model, rankings, **keys)
+        ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
+    frozen = {name: p for name, p in ends[0].items() if name.startswith("model.layers.0") and "lora_" not in name}
+    assert len(frozen) == len(before) and all(torch.equal(a, b) for a, b in zip(frozen.values(), before, strict=True))
+    assert log_of(tmp_path / "out")[-1]["loss"] < math.log(6)
+    expected = score_all(model, some_sequences())
+    save_pair(wrapped, tiny_tokenizer(), tmp_path / "saved")
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert merged.config.num_labels == 1 and not any("lora" in name for name, _ in merged.named_parameters())
+    torch.manual_seed(1)  # the head that peft replaces is drawn anew
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    apart = PeftModel.from_pretrained(plain, tmp_path / "saved" / "adapter")
+    for name, loaded in {"merged": merged, "adapter": apart.get_base_model()}.items():
+        assert score_all(loaded, some_sequences()) == pytest.approx(expected, abs=1e-4), name
+    assert max(expected) - min(expected) > 0.01
+
+
+def test_reward_function_normalises_and_clips():
     model = tiny_scorer()
     sequences = some_sequences()
     raw = torch.tensor(score_all(model, sequences))
@@ -290,32 +267,3 @@ def test_reward_model_and_critic_are_loaded_from_a_stage(tmp_path):
     [found] = reward(None, None, [sequence[3:]], prompt_ids=[sequence[:3]])
     assert found == pytest.approx((score_all(tiny_scorer(), [sequence])[0] - 0.5) / 2, abs=1e-5)
     assert score_all(load_critic(base, ppo, "cpu"), some_sequences()) == [0.0] * 7
-
-
-def test_pair_accuracy_and_tau_by_hand():
-    # pairs 0-1 right, 0-2 right, 1-2 a tie of scores; the second ranking's tied pair does not count
-    scores, ranks = [[3.0, 1.0, 1.0], [1.0, 2.0, 0.0]], [[0, 1, 2], [0, 0, 1]]
-    assert pair_accuracy(scores, ranks)["value"] == pytest.approx((2.5 + 2) / 5)
-    assert kendall_tau(*[x[0] for x in (scores, ranks)]) == pytest.approx(2 / 3)
-    assert kendall_tau([1.0, 2.0, 3.0], [0, 1, 2]) == -1
-    assert kendall_tau([3.0, 2.0, 1.0], [0, 1, 2]) == 1
-
-
-def test_kendall_tau_counts_inversions():
-    """Without ties: 1 - 4 inversions / (n (n - 1)), here for every order of four."""
-    for order in itertools.permutations(range(4)):
-        inversions = sum(order[i] < order[j] for i, j in itertools.combinations(range(4), 2))
-        assert kendall_tau([float(x) for x in order], [0, 1, 2, 3]) == pytest.approx(1 - inversions / 3)
-
-
-def test_metrics_of_a_scorer_that_knows_nothing():
-    """Equal scores are worth a guess in every figure, not a full mark for the first place."""
-    metrics = measure_rankings(
-        [[1.0, 1.0, 1.0, 1.0]] * 3 + [[1.0, 2.0, 0.0, 0.0]], [[0, 1, 2, 3]] * 3 + [[0, 0, 1, 2]]
-    )
-    assert metrics["top-1"]["value"] == pytest.approx((3 * 0.25 + 1) / 4)
-    flat = measure_rankings([[1.0, 1.0, 1.0, 1.0], [0.0] * 4], [[0, 1, 2, 3]] * 2)
-    assert flat["pair accuracy"]["value"] == 0.5
-    assert flat["kendall tau"]["value"] == 0
-    assert flat["loss per ranking"]["value"] == pytest.approx(math.log(24))
-    assert flat["score mean"]["value"] == 0.5

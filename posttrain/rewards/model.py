@@ -9,7 +9,7 @@ import torch
 
 from posttrain.errors import UserError
 from posttrain.models import ModelConfig, load_scalar_model
-from posttrain.reward_model import score_all
+from posttrain.ranking_forward import find_layout, score_all
 from posttrain.stage import read_manifest
 
 
@@ -18,10 +18,11 @@ class RewardModelScore:
 
     def __init__(self, model, mean: float = 0.0, std: float = 1.0, clip: float = float("inf")):
         self.model, self.mean, self.std, self.clip = model.eval(), mean, std, clip
+        self.layout, _ = find_layout(model, model.config.max_position_embeddings, ("packed", "padded"))
 
     def __call__(self, prompts, completions, completion_ids, *, prompt_ids, **columns) -> list[float]:
         sequences = [p + c for p, c in zip(prompt_ids, completion_ids, strict=True)]
-        scores = [(score - self.mean) / self.std for score in score_all(self.model, sequences)]
+        scores = [(score - self.mean) / self.std for score in score_all(self.model, sequences, layout=self.layout)]
         return [max(-self.clip, min(self.clip, score)) for score in scores]
 
 

@@ -1,0 +1,107 @@
+"""Pictures of a reward model as SVG: the reliability curve, and best-of-n against KL.
+
+In: points with intervals, as manifests and `bestof.json` store them. Out: `Markup` holding one `<svg>` that takes the
+report's colours; `standalone` gives it colours of its own, for a file.
+"""
+
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from posttrain.figures import ticks
+
+STYLE = (
+    "svg{font-family:system-ui,sans-serif;background:#fff}text{fill:#5d6670;font-size:11px}.end{text-anchor:end}"
+    ".mid{text-anchor:middle}.grid{stroke:#e4e6e8;fill:none}.line{fill:none;stroke-width:1.8}.even{stroke:#737c86;"
+    "stroke-dasharray:4 4;fill:none}.whisker{stroke-width:1.2;opacity:.5}.c0{stroke:#1f6f8b}.c1{stroke:#c2682a}"
+    ".c2{stroke:#7a5aa6}.dot.c0{fill:#1f6f8b}.dot.c1{fill:#c2682a}.dot.c2{fill:#7a5aa6}.dashed{stroke-dasharray:5 3}"
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points (x, y, low, high); low and high may be None. A `dashed` line has no dots: a fit."""
+
+    name: str
+    points: list[tuple[float, float, float | None, float | None]]
+    colour: int = 0
+    dashed: bool = False
+
+
+def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False) -> Markup:
+    """One picture with named axes; `even` draws the diagonal y = x, from corner to corner of what both axes hold."""
+    width, height, left, right, top, bottom = 440, 300, 52, 12, 10 + 14 * len(lines), 40
+    xs = [point[0] for line in lines for point in line.points]
+    ys = [value for line in lines for point in line.points for value in point[1:] if value is not None]
+    low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys), max(ys)
+    pad = 0.05 * (high_y - low_y) or 1.0
+    low_y, high_y = low_y - pad, high_y + pad
+    high_x = high_x if high_x > low_x else low_x + 1
+
+    def across(value: float) -> float:
+        return left + (width - left - right) * (value - low_x) / (high_x - low_x)
+
+    def up(value: float) -> float:
+        return height - bottom - (height - top - bottom) * (value - low_y) / (high_y - low_y)
+
+    out = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title>']
+    for mark in ticks(low_y, high_y, 5):
+        out.append(f'<path class="grid" d="M{left} {up(mark):.1f}H{width - right}"/>')
+        out.append(f'<text class="tick end" x="{left - 6}" y="{up(mark) + 3.5:.1f}">{mark:.3g}</text>')
+    for mark in ticks(low_x, high_x, 6):
+        out.append(f'<text class="tick mid" x="{across(mark):.1f}" y="{height - 24}">{mark:.3g}</text>')
+    out.append(f'<text class="mid" x="{(left + width - right) / 2:.0f}" y="{height - 6}">{escape(x)}</text>')
+    out.append(
+        f'<text class="mid" transform="translate(11 {(top + height - bottom) / 2:.0f}) rotate(-90)">{escape(y)}</text>'
+    )
+    if even:
+        start, stop = max(low_x, low_y), min(high_x, high_y)
+        line = f"M{across(start):.1f} {up(start):.1f}L{across(stop):.1f} {up(stop):.1f}"
+        out.append(f'<path class="even" d="{line}"/>')
+    for index, line in enumerate(lines):
+        colour, at = f"c{line.colour % 3}", 16 + 14 * index
+        path = "M" + "L".join(f"{across(p[0]):.1f} {up(p[1]):.1f}" for p in line.points)
+        dashed = " dashed" if line.dashed else ""
+        out.append(f'<path class="line {colour}{dashed}" d="{path}"/>')
+        for value, middle, low, high in [] if line.dashed else line.points:
+            if low is not None and high is not None:
+                bar = f"M{across(value):.1f} {up(low):.1f}V{up(high):.1f}"
+                out.append(f'<path class="whisker {colour}" d="{bar}"/>')
+            out.append(f'<circle class="dot {colour}" cx="{across(value):.1f}" cy="{up(middle):.1f}" r="2.4"/>')
+        out.append(f'<path class="line {colour}{dashed}" d="M{left + 6} {at - 4}h18"/>')
+        out.append(f'<text x="{left + 30}" y="{at}">{escape(line.name)}</text>')
+    return Markup("".join(out) + "</svg>")
+
+
+def standalone(svg: Markup) -> str:
+    """The picture as a file of its own."""
+    named = str(svg).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return named.replace("</title>", f"</title><style>{STYLE}</style>", 1) + "\n"
+
+
+def reliability_plot(points: list[dict]) -> Markup:
+    """The curve of `calibration.reliability`; on the dashed diagonal the model is as often right as it says."""
+    line = [(p["confidence"], p["accuracy"]["value"], p["accuracy"]["low"], p["accuracy"]["high"]) for p in points]
+    return plot(
+        "reliability", [Line("pairs by confidence", line)], x="confidence of the score", y="pairs right", even=True
+    )
+
+
+def by_length_plot(groups: list[dict]) -> Markup:
+    """The groups of `calibration.by_length`, from pairs whose better reply is much shorter to much longer."""
+    line = [
+        (index, g["accuracy"]["value"], g["accuracy"]["low"], g["accuracy"]["high"])
+        for index, g in enumerate(groups, 1)
+    ]
+    edges = [f"{edge:+d}" for group in groups[:-1] if (edge := group["high"]) is not None]
+    x = f"better reply longer than the worse, in tokens: groups cut at {', '.join(edges)}"
+    return plot("accuracy by length", [Line("pairs right", line)], x=x, y="pairs right")
+
+
+def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:
+    """(caption, picture) of what a stage's manifest holds beside its metrics; [] for all but reward models."""
+    kinds = {
+        "reliability": ("reliability: pairs right against how sure the score is", reliability_plot),
+        "by_length": ("pairs right by the difference in length", by_length_plot),
+    }
+    return [(caption, draw(manifest[key])) for key, (caption, draw) in kinds.items() if manifest.get(key)]
