@@ -304,8 +304,8 @@ def truncated(sizes: list[int], max_length: int, most: float) -> str | None:
     if len(long) <= most * len(sizes):
         return None
     return (
-        f"{len(long)} of {len(sizes)} conversations are longer than max_length {max_length} and would lose their end, "
-        f"row {long[0]} with {sizes[long[0]]} tokens the first; allowed are {most:.0%} (max_truncated)"
+        f"{len(long)} of {len(sizes)} conversations are longer than max_length {max_length} and would lose their end or "
+        f"be left out, row {long[0]} with {sizes[long[0]]} tokens the first; allowed are {most:.0%} (max_truncated)"
     )
 
 

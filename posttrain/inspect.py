@@ -169,7 +169,7 @@ def look_sft(configs: dict) -> Subject:
     kept = [1 in chat.assistant_mask[1 : config.max_length] for chat in chats]
     packed = []
     if config.packing and any(kept):
-        encoded = sft_rows.cut_rows(chats, config.max_length)
+        encoded = sft_rows.cut_rows(chats, config.max_length, config.too_long)
         packed = sft_rows.pack_rows(encoded, config.max_length, tokenizer.pad_token_id or 0)
     talks, masks = gate.sft_talks(rows, chats), [chat.assistant_mask for chat in chats]
     return subject(configs, tokenizer, talks, masks, "supervised", checks, max_length=config.max_length, packed=packed)

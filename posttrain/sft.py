@@ -33,8 +33,9 @@ class SFTConfig:
     """SFT: template, batches"""
 
     chat_template_path: str | None = arg(None, help="template to train with; none = the tokenizer's own")
-    max_length: int = arg(256, help="tokens of a packed row; longer conversations are cut at their end")
-    max_truncated: float = arg(0.05, help="refuse to train where a larger share of conversations would be cut")
+    max_length: int = arg(256, help="tokens of a packed row, and of a conversation")
+    too_long: str = arg("cut", help="longer conversations: cut at their end, or leave_out")
+    max_truncated: float = arg(0.05, help="refuse to train where a larger share of conversations is too long")
     max_steps: int = arg(400, help="optimizer steps")
     per_device_train_batch_size: int = arg(16, help="packed rows of one forward and backward on each process")
     gradient_accumulation_steps: int = arg(1, help="forwards and backwards of one optimizer step")
@@ -51,6 +52,8 @@ class SFTConfig:
         self.use_liger_kernel = str(self.use_liger_kernel).lower()
         if self.use_liger_kernel not in ("auto", "true", "false"):
             raise UserError(f"use_liger_kernel: found {self.use_liger_kernel!r}, expected auto, true or false")
+        if self.too_long not in ("cut", "leave_out"):
+            raise UserError(f"too_long: found {self.too_long!r}, expected cut or leave_out")
         if self.neftune_noise_alpha is not None and self.neftune_noise_alpha <= 0:
             raise UserError(f"neftune_noise_alpha: found {self.neftune_noise_alpha}, expected null or more than 0")
         at_least(self, max_length=2, max_steps=1, stream_buffer=1)

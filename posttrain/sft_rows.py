@@ -16,7 +16,7 @@ def gated_rows(run, tokenizer, model, rows: list[dict], config) -> list[dict]:
     """`encode_rows` of what a stage is about to train on, once the gate has let it pass; config: SFTConfig."""
     chats = encode_chats(tokenizer, rows)
     gate.require(run, gate.sft_checks(tokenizer, model, rows, chats, config, run.parents))
-    return cut_rows(chats, config.max_length)
+    return cut_rows(chats, config.max_length, config.too_long)
 
 
 def encode_rows(tokenizer, rows: list[dict], max_length: int) -> list[dict]:
@@ -55,10 +55,12 @@ def _own_tokens(tokenizer, row: dict) -> EncodedChat:
     return EncodedChat(list(ids), list(mask))
 
 
-def cut_rows(chats: list[EncodedChat], max_length: int) -> list[dict]:
-    """As `encode_rows`, of encoded conversations."""
+def cut_rows(chats: list[EncodedChat], max_length: int, too_long: str = "cut") -> list[dict]:
+    """As `encode_rows`, of encoded conversations; too_long: "cut" the longer ones at their end, or "leave_out"."""
     encoded = []
     for index, chat in enumerate(chats):
+        if too_long == "leave_out" and len(chat.input_ids) > max_length:
+            continue
         ids, mask = chat.input_ids[:max_length], chat.assistant_mask[:max_length]
         labels = [i if m else -100 for i, m in zip(ids, mask, strict=True)]
         labels[:1] = [-100] * len(labels[:1])  # in a packed row the token before it belongs to another conversation

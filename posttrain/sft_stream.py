@@ -39,7 +39,7 @@ class RowStream:
             chats = encode_chats(self.tokenizer, list(rows))
             self._require(rows, chats, places)
             self.facts |= self.stream.description()
-            encoded = [{**each, "row": places[each["row"]]} for each in cut_rows(chats, width)]
+            encoded = [{**each, "row": places[each["row"]]} for each in cut_rows(chats, width, self.config.too_long)]
             pad_id = self.tokenizer.pad_token_id or 0
             ready = pack_rows(encoded, width, pad_id) if self.config.packing else single_rows(encoded)
             random.Random(f"rows-{self.seed}-{number}").shuffle(ready)

@@ -14,7 +14,7 @@ from posttrain.rl.config import RLConfig
 from posttrain.sft_rows import gated_rows
 
 ROWS = list(tiny.rows("conversations", "train", 40, 0))
-SFT = SimpleNamespace(max_length=256, max_truncated=0.05, packing=True)
+SFT = SimpleNamespace(max_length=256, max_truncated=0.05, packing=True, too_long="cut")
 
 
 def user(text):

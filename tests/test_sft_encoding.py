@@ -18,7 +18,7 @@ from posttrain.data import tiny
 from posttrain.errors import UserError
 from posttrain.packing import best_fit
 from posttrain.sft import SFTConfig, make_trainer, train
-from posttrain.sft_rows import collate, encode_rows, pack_rows
+from posttrain.sft_rows import collate, cut_rows, encode_chats, encode_rows, pack_rows
 from posttrain.stage import StageConfig
 from posttrain.training import OptimConfig
 
@@ -174,3 +174,13 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tokenizer, tmp_pa
         sft(tmp_path / "sft", tokenizer, broken, encoded)
     pairs = zip(before, broken.parameters(), strict=True)
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in pairs)
+
+
+def test_conversations_that_are_too_long_are_cut_or_left_out(tokenizer):
+    chats = encode_chats(tokenizer, ROWS)
+    sizes = [len(chat.input_ids) for chat in chats]
+    limit = sorted(sizes)[len(sizes) // 2]
+    kept = cut_rows(chats, limit, "leave_out")
+    assert [row["row"] for row in kept] == [index for index, size in enumerate(sizes) if size <= limit]
+    assert all(row["labels"][-1] == end_of_turn_id(tokenizer) for row in kept)
+    assert any(row["labels"][-1] != end_of_turn_id(tokenizer) for row in cut_rows(chats, limit, "cut"))

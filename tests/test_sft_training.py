@@ -181,6 +181,7 @@ def test_ligers_kernels_give_the_same_loss_and_gradient(small_chain, tmp_path):
     ("settings", "words"),
     [
         ({"use_liger_kernel": "maybe"}, "use_liger_kernel: found 'maybe', expected auto, true or false"),
+        ({"too_long": "drop"}, "too_long: found 'drop', expected cut or leave_out"),
         ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha: found -1.0, expected null or more than 0"),
     ],
 )
