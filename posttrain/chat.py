@@ -223,28 +223,46 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 def end_of_turn_id(tokenizer) -> int:
     """Id of the token that closes an assistant turn, read off the template's own render."""
-    encoded = encode_chat(tokenizer, PROBE)
-    supervised = [i for i, m in zip(encoded.input_ids, encoded.assistant_mask, strict=True) if m]
-    if not supervised:
+    learned = _learned_ids(tokenizer)
+    if not learned:
         raise UserError(
             f"the chat template of {tokenizer.name_or_path!r} marks nothing as the assistant's: "
             "put {% generation %} ... {% endgeneration %} around the assistant's content and its end token"
         )
-    for token_id in reversed(supervised):  # a line break may follow the end token
-        if token_id in control_tokens(tokenizer):
-            return token_id
+    end = _last_control(tokenizer, learned)
+    if end is not None:
+        return end
     raise UserError(
         f"the chat template of {tokenizer.name_or_path!r} leaves the turn's end token outside "
         "{% generation %}: it would never be learned; move it inside"
     )
 
 
+def _learned_ids(tokenizer) -> list[int]:
+    encoded = encode_chat(tokenizer, PROBE)
+    return [i for i, m in zip(encoded.input_ids, encoded.assistant_mask, strict=True) if m]
+
+
+def _last_control(tokenizer, ids: list[int]) -> int | None:
+    """A line break may follow the end token."""
+    return next((i for i in reversed(ids) if i in control_tokens(tokenizer)), None)
+
+
+def closing_ids(tokenizer) -> list[int]:
+    """The control tokens that stand after a reply's content: one of them has to stop generation."""
+    control, closing = control_tokens(tokenizer), []
+    for id in reversed(encode_chat(tokenizer, PROBE).input_ids):
+        if id in control:
+            closing.append(id)
+        elif tokenizer.decode([id]).strip():  # content; what is left is white space
+            break
+    return closing[::-1]
+
+
 def reply_end_id(tokenizer) -> int | None:
     """Id of the token that closes a reply under the tokenizer's template, marked for training or not; None where it
     closes with none."""
-    opened = len(encode_chat(tokenizer, PROBE[:1], add_generation_prompt=True).input_ids)
-    special = control_tokens(tokenizer)
-    return next((i for i in encode_chat(tokenizer, PROBE).input_ids[opened:] if i in special), None)
+    return next(iter(closing_ids(tokenizer)), None)
 
 
 def stop_ids(tokenizer, model=None) -> tuple[int, ...]:
@@ -306,15 +324,17 @@ def set_template(tokenizer, model, path: str | None) -> None:
     Control tokens that the template declares (`{#- control: ... -#}`) and the tokenizer lacks are added as special
     ones; the rows of new ones in embeddings and head become the mean of the old rows. The end-of-turn token becomes
     eos in the tokenizer and in the generation config, beside the base model's own; a pad token that is none, or that
-    ends turns, becomes another one. `save_pair` keeps all of it. UserError where the template is not safe to render,
-    or ends a turn with no token.
+    ends turns, becomes another one. `save_pair` keeps all of it. UserError where the template is not safe to render;
+    what cannot be learned with it is the gate's to say.
     """
     if path is not None:
         tokenizer.chat_template = read_template(path)
     control = declared_control(template_of(tokenizer))
     _add_tokens(tokenizer, model, control)
-    base_eos, end = tokenizer.eos_token_id, end_of_turn_id(tokenizer)
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    base_eos, end = tokenizer.eos_token_id, _last_control(tokenizer, _learned_ids(tokenizer))
+    end = reply_end_id(tokenizer) if end is None else end  # not learned: the gate says so where it matters
+    end = base_eos if end is None else end
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end) if end is not None else None
     _set_pad(tokenizer, model, {end, base_eos}, control)
     model.config.eos_token_id = end
     model.generation_config.eos_token_id = sorted({end, base_eos} - {None})

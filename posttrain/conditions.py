@@ -8,7 +8,7 @@ posttrain/gate.py says which stage has which, and refuses.
 import difflib
 from collections.abc import Iterable
 
-from posttrain.chat import PROBE, EncodedChat, control_tokens, encode_chat, reply_end_id, stop_ids
+from posttrain.chat import EncodedChat, closing_ids, control_tokens, reply_end_id, stop_ids
 from posttrain.conversations import (
     Conversation,
     Rendered,
@@ -179,17 +179,6 @@ def _is_pad(tokenizer, bad: tuple[Conversation, int, int | None]) -> bool:
 # ---- where a reply ends ---------------------------------------------------------------------------------------------
 
 
-def closing_ids(tokenizer) -> list[int]:
-    """The control tokens that stand after a reply's content: one of them has to stop generation."""
-    control, closing = control_tokens(tokenizer), []
-    for id in reversed(encode_chat(tokenizer, PROBE).input_ids):
-        if id in control:
-            closing.append(id)
-        elif tokenizer.decode([id]).strip():  # content; what is left is white space
-            break
-    return closing[::-1]
-
-
 def no_end_token(tokenizer, model=None) -> str | None:
     closing = closing_ids(tokenizer)
     if not closing:
@@ -304,8 +293,8 @@ def truncated(sizes: list[int], max_length: int, most: float) -> str | None:
     if len(long) <= most * len(sizes):
         return None
     return (
-        f"{len(long)} of {len(sizes)} conversations are longer than max_length {max_length} and would lose their end or "
-        f"be left out, row {long[0]} with {sizes[long[0]]} tokens the first; allowed are {most:.0%} (max_truncated)"
+        f"{len(long)} of {len(sizes)} conversations are longer than max_length {max_length} and would lose their end "
+        f"or be left out, row {long[0]} with {sizes[long[0]]} tokens the first; allowed are {most:.0%} (max_truncated)"
     )
 
 
