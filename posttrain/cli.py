@@ -4,6 +4,7 @@
     posttrain inspect --config recipes/tiny/sft.yaml [--KEY VALUE ...] [--rows N] [--html FILE] [--against TOKENIZER]
     posttrain report runs/tiny
     posttrain chat runs/tiny/grpo [--prompt TEXT]
+    posttrain eval runs/tiny/reward --data tiny --data_config rankings [--json FILE]
     posttrain bestof --model runs/tiny/sft --reward runs/tiny/reward --n 16 --data tiny --data_config prompts
     posttrain template list | show NAME | check FILE [--tokenizer PATH] | diff A B
     posttrain env
@@ -84,7 +85,9 @@ def parser() -> argparse.ArgumentParser:
     chat.add_argument("--max_new_tokens", type=int, default=256, help="default: %(default)s")
     chat.add_argument("--seed", type=int, help="default: another one each time")
 
+    _add_eval(verbs, debug)
     _add_bestof(verbs, debug)
+    add_template(verbs, debug)
 
     env = verbs.add_parser("env", parents=[debug], help="versions, devices, what is missing and how to get it")
     env.set_defaults(call=call_env)
@@ -123,6 +126,22 @@ def add_template(verbs, debug) -> None:
     template.set_defaults(call=call_template)
 
 
+def _add_eval(verbs, debug: argparse.ArgumentParser) -> None:
+    measure = verbs.add_parser("eval", parents=[debug], help="a reward model's figures on held-out rankings")
+    measure.set_defaults(call=call_eval)
+    measure.add_argument("model", metavar="MODEL", help="folder of a reward model, or a name on the Hub")
+    measure.add_argument(
+        "--data", required=True, metavar="NAME", help="rankings or pairs: as dataset_name in a config"
+    )
+    measure.add_argument("--data_config", metavar="NAME", help="as dataset_config")
+    measure.add_argument("--data_adapter", metavar="NAME", help="as dataset_adapter")
+    measure.add_argument("--split", default="test", help="split or slice; default: %(default)s")
+    measure.add_argument("--rows", type=int, help="use so many; default: all")
+    measure.add_argument("--max_length", type=int, default=1024, help="longer ones are left out; default: %(default)s")
+    measure.add_argument("--seed", type=int, default=0, help="of tiny's world; default: %(default)s")
+    measure.add_argument("--json", metavar="FILE", help="write all figures there, too")
+
+
 def _add_bestof(verbs, debug: argparse.ArgumentParser) -> None:
     best = verbs.add_parser("bestof", parents=[debug], help="what the reward model's favourite of n replies is worth")
     best.set_defaults(call=call_bestof)
@@ -139,8 +158,6 @@ def _add_bestof(verbs, debug: argparse.ArgumentParser) -> None:
     best.add_argument("--seed", type=int, default=0, help="of the world and of the samples; default: %(default)s")
     best.add_argument("--use_vllm", default="auto", choices=("auto", "true", "false"), help="default: %(default)s")
     best.add_argument("--out", metavar="DIR", help="default: bestof/ in the reward model's folder, if that is one")
-
-    add_template(verbs, debug)
 
 
 def call_run(options: argparse.Namespace) -> int:
@@ -172,6 +189,19 @@ def call_inspect(options: argparse.Namespace) -> int:
         html=options.html,
         against=options.against,
     )
+
+
+def call_eval(options: argparse.Namespace) -> int:
+    from posttrain import reward_eval
+    from posttrain.data import DataConfig
+
+    data = DataConfig(options.data, options.data_config, dataset_adapter=options.data_adapter, max_rows=options.rows)
+    print(
+        reward_eval.report_folder(
+            options.model, data, options.split, seed=options.seed, max_length=options.max_length, file=options.json
+        )
+    )
+    return 0
 
 
 def call_report(options: argparse.Namespace) -> int:

@@ -45,6 +45,13 @@ def load_tokenizer(name: str, revision: str | None = None):
     return _load(AutoTokenizer, name, "tokenizer", revision=revision)
 
 
+def load_config(name: str, revision: str | None = None):
+    """The architecture of a checkpoint. UserError where there is none under that name."""
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, name, "model", revision=revision)
+
+
 def load_causal_lm(config: ModelConfig, **kwargs):
     """A causal LM with dropout left to train()/eval()."""
     from transformers import AutoModelForCausalLM

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from posttrain import figures
+from posttrain import figures, plots
 from posttrain.errors import UserError
 
 LONGEST_TEXT = 4000  # characters of one reply or prompt; the rest is counted, not shown
@@ -217,6 +217,19 @@ def samples(stages: list[Stage]) -> list[dict]:
     return [{"prompt": prompt, "replies": replies} for prompt, replies in merged.items()]
 
 
+def skipped(manifest: dict) -> str:
+    """`12 of data.jsonl: malformed_json 3, too_long 9; ...`: what each data set of a stage left out, by reason."""
+    found = []
+    for source in manifest.get("data") or []:
+        overlap = source.get("overlap") or {}
+        counts = {**(source.get("skipped") or {}), **(source.get("duplicates") or {})}
+        counts |= {"in both sets": overlap.get("dropped_eval", 0) + overlap.get("dropped_train", 0)}
+        listed = ", ".join(f"{reason} {count}" for reason, count in counts.items() if count)
+        if listed:
+            found.append(f"{sum(counts.values())} of {source.get('name')}: {listed}")
+    return "; ".join(found)
+
+
 def verdict(gain: dict) -> str:
     """shown | not shown | not judged (the stage stored no `passed`)."""
     return {True: "shown", False: "not shown"}.get(gain.get("passed"), "not judged")
@@ -286,6 +299,8 @@ def write_report(run_dir: Path, stages: list[str] | None = None) -> Path:
         panels_shown=PANELS_SHOWN,
         verdict=verdict,
         figures=figures,
+        pictures=plots.stage_pictures,
+        skipped=skipped,
         picture=[_chain_picture(found, down=down) for down in (False, True)],
     )
     path = run_dir / "report.html"

@@ -2,13 +2,17 @@
 
 In: a scalar-head model, encoded rankings and their rows. Out: metrics with intervals, gains, samples, and two curves:
 `reliability` (is a 70 % sure model right in 70 %?) and `by_length` (is it right where the better reply is shorter?).
-By hand: `measure_folder("runs/tiny/reward", DataConfig("tiny", dataset_config="rankings"), "test")["metrics"]`.
+By hand: `posttrain eval runs/tiny/reward --data tiny --data_config rankings`.
 """
 
-from posttrain import ranking_metrics
+import json
+from pathlib import Path
+
+from posttrain import figures, ranking_metrics
 from posttrain.calibration import by_length, reliability
 from posttrain.data import DataConfig, load_rows
-from posttrain.models import ModelConfig, load_scalar_model, load_tokenizer
+from posttrain.errors import UserError
+from posttrain.models import ModelConfig, load_config, load_scalar_model, load_tokenizer
 from posttrain.ranking_forward import find_layout, score_rankings
 from posttrain.ranking_rows import Ranking, encode_rankings
 from posttrain.reward_model import RewardConfig
@@ -42,3 +46,27 @@ def measure_folder(path: str, data: DataConfig, split: str, *, seed: int = 0, ma
     config = RewardConfig(max_length=max_length)
     rankings, too_long = encode_rankings(tokenizer, rows, max_length, config.ties)
     return evaluate(model, rankings, rows, config) | {"data": description, "too_long": too_long}
+
+
+def report_folder(path: str, data: DataConfig, split: str, *, seed: int, max_length: int, file: str | None) -> str:
+    """`measure_folder` as lines of name, figure, interval and count; all of it as JSON in `file`, if one is named.
+
+    UserError where `path` holds no reward model.
+    """
+    architectures = load_config(path).architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise UserError(
+            f"{path} is no reward model ({', '.join(architectures) or 'no architecture named'}), expected a "
+            "...ForSequenceClassification, as recipes/reward.py makes them"
+        )
+    found = measure_folder(path, data, split, seed=seed, max_length=max_length)
+    if file is not None:
+        Path(file).write_text(json.dumps(found, indent=1), encoding="utf-8")
+    lines = []
+    for name, figure in found["metrics"].items():
+        value, interval = figures.measure(figure, figure.get("unit") or "")
+        unit = "" if figure.get("unit") in ("", "%") else f" {figure['unit']}"
+        lines.append(f"{name:40}  {value}{unit}  {interval or ''}  n {figure.get('n')}")
+    source = found["data"]
+    lines.append(f"{source['rows']} rows of {source['name']}, {split}; {found['too_long']} left out as too long")
+    return "\n".join(lines)

@@ -19,7 +19,16 @@ def test_help_lists_the_verbs():
     result = call("--help")
     assert result.returncode == 0
     verbs = result.stdout.partition("VERB\n")[2].splitlines()
-    assert [line.split()[0] for line in verbs] == ["run", "inspect", "report", "chat", "bestof", "template", "env"]
+    assert [line.split()[0] for line in verbs] == [
+        "run",
+        "inspect",
+        "report",
+        "chat",
+        "eval",
+        "bestof",
+        "template",
+        "env",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,11 @@ SETTINGS = {
     },
     "reward": {
         "max_length": 512, "max_steps": 3, "batch_size": 8, "learning_rate": 1e-3, "eval_dataset_split": "train",
-        "eval_dataset_adapter": "oasst_rankings",
+        "eval_dataset_adapter": "oasst_rankings", "allow": "truncated",  # 512 words make long sequences
     },
     "ppo": {
         "max_steps": 3, "num_prompts": 8, "max_completion_length": 16, "learning_rate": 1e-4, **REPLIES,
-        "eval_dataset_split": "train", "eval_dataset_adapter": "oasst_rankings",
+        "eval_dataset_split": "train", "eval_dataset_adapter": "oasst_rankings", "allow": "truncated",
     },
     "grpo": {
         "max_steps": 3, "num_prompts": 6, "num_generations": 4, "max_completion_length": 16, "learning_rate": 1e-4,
@@ -124,6 +124,24 @@ def sft(real, base, out) -> str:
     data = real / "data"
     held_out = {"eval_dataset_name": data / "gsm8k/train.jsonl", "eval_dataset_split": "train[7000:]"}
     return run("sft", out, base, dataset_name=data / OASST, **held_out)
+
+
+def test_sft_on_oasst_trees_lowers_the_held_out_loss_and_teaches_replies_to_end(real, base, tmp_path):
+    data = real / "data"
+    run(
+        "sft", tmp_path, base, dataset_name=data / OASST, too_long="leave_out", max_steps=120, learning_rate=2e-3,
+        eval_dataset_name=data / HELD_OUT, eval_dataset_adapter="oasst_rankings", eval_max_rows=20,
+        eval_max_tokens=256, eval_reward_funcs="[]", eval_num_generations=1, loss_dataset_name=data / HELD_OUT,
+        loss_dataset_adapter="oasst_conversations", loss_dataset_split="train", loss_max_rows=60, eval_steps=60,
+        warmup_steps=10,
+    )  # fmt: skip
+    found = manifest(tmp_path / "sft")
+    ends, loss = found["gains"][0], found["gains"][-1]
+    assert ends["name"] == "replies that end" and ends["before"]["value"] < 0.2 < 0.4 < ends["after"]["value"]
+    assert (
+        loss["name"] == "held-out loss" and loss["passed"] and loss["after"]["value"] < loss["before"]["value"] - 0.2
+    )
+    assert [line["step"] for line in lines(tmp_path / "sft") if "held_out_loss" in line] == [60, 120]
 
 
 @pytest.fixture(scope="module")

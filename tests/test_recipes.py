@@ -130,6 +130,18 @@ def test_chat(small_chain):
     assert base.stdout != done.stdout
 
 
+def test_eval_gives_the_figures_of_the_manifest(small_chain, tmp_path):
+    rows = ["--data", "tiny", "--data_config", "rankings", "--rows", "20", "--json", tmp_path / "found.json"]
+    done = posttrain("eval", small_chain / "reward", *rows, "--max_length", "256")
+    assert done.returncode == 0, done.stderr
+    found, kept = json.loads((tmp_path / "found.json").read_text())["metrics"], manifest(small_chain / "reward")
+    assert found.keys() == kept["metrics"].keys()
+    for name, figure in found.items():
+        assert figure["value"] == pytest.approx(kept["metrics"][name]["value"], abs=1e-4), name
+    assert "pair accuracy" in done.stdout and "20 rows of tiny" in done.stdout
+    refused(posttrain("eval", small_chain / "sft", *rows), "is no reward model (LlamaForCausalLM)")
+
+
 # ---- run again ------------------------------------------------------------------------------------------------------
 
 
