@@ -12,7 +12,21 @@ import shutil
 from pathlib import Path
 
 import pytest
-from recipe_runs import LAUNCH, PARENTS, ROOT, STAGES, TRAINED, argv, call, log, manifest, posttrain, result, run
+from recipe_runs import (
+    LAUNCH,
+    PARENTS,
+    ROOT,
+    STAGES,
+    TRAINED,
+    argv,
+    call,
+    log,
+    manifest,
+    posttrain,
+    refused,
+    result,
+    run,
+)
 from recipe_runs import small_settings as settings
 
 from posttrain import args, chain, cli
