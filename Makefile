@@ -21,7 +21,9 @@ help: ## this list
 demo: $(VENV) ## run the chain recipes/tiny: six stages, a table of gains, a report, a model to chat with
 	@$(VENV)/bin/posttrain run $(CHAIN) --out $(OUT)
 
+# bitsandbytes is not among dev: on CPUs with bf16 it warns at every import, which each stage of `make demo` would show.
 test: lint ## ruff, then every test but those that need a GPU
+	@$(VENV)/bin/python -m pip show -q bitsandbytes 2>/dev/null || $(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[qlora]"
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(VENV) ## ruff check and ruff format --check

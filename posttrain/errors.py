@@ -43,6 +43,9 @@ def entry(main: Callable[[], Any]) -> NoReturn:
         _stop(error, "interrupted", 130)
     except UserError as error:
         _stop(error, f"error: {error}", 2)
+    except BrokenPipeError:  # `posttrain inspect ... | head`: who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at exit
+        sys.exit(128 + 13)
     except Exception as error:
         mend = mend_of(error)
         if mend is None:

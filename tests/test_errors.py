@@ -119,3 +119,10 @@ def test_the_cause_counts():
         assert "disk is full" in mend_of(error)
     assert mend_of(RuntimeError("out of tokens")) is None
     assert issubclass(UserError, Exception)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    body = "from posttrain.errors import entry; entry(lambda: [print('x' * 1000) for _ in range(10_000)] and 0)"
+    pipe = f'{sys.executable} -c "{body}" | head -1; echo code ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True)
+    assert done.stdout.endswith("code 141\n") and done.stderr == "", done.stderr

@@ -24,6 +24,7 @@ SETTINGS = {
     "sft": {
         "chat_template_path": "chat_templates/chatml.jinja", "max_length": 512, "max_truncated": 0.99, "max_steps": 12,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, **REPLIES,
+        "loss_dataset_split": "null",
     },
     "reward": {
         "max_length": 512, "max_steps": 3, "batch_size": 8, "learning_rate": 1e-3, "eval_dataset_split": "train",

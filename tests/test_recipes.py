@@ -212,7 +212,7 @@ def readme_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", readme_commands())
-def test_commands_of_the_readme(small_chain, line, monkeypatch, capsys):
+def test_commands_of_the_readme(small_chain, line, monkeypatch, capsys, tmp_path):
     """`posttrain` verbs are really called, `run` with --dry-run; recipes get their flags parsed. Runs that the README
     supposes are there are the small chain."""
     monkeypatch.chdir(ROOT)
@@ -226,7 +226,12 @@ def test_commands_of_the_readme(small_chain, line, monkeypatch, capsys):
         recipe = chain.import_recipe(Path(launch.training_script))
         args.parse(recipe.ARGS, launch.training_script_args)
         return
-    extra = {"run": ["--dry-run"], "chat": ["--prompt", "Hello", "--max_new_tokens", "2"]}
+    parent = ["--model_name_or_path", str(small_chain / "pretrain"), "--max_rows", "50", "--max_length", "320"]
+    extra = {
+        "run": ["--dry-run"], "chat": ["--prompt", "Hello", "--max_new_tokens", "2"], "inspect": parent,
+        "eval": ["--rows", "20"], "bestof": ["--rows", "4", "--n", "4", "--max_tokens", "8", "--use_vllm", "false"],
+    }  # fmt: skip
+    words = [re.sub(r"^(?=rows\.html$)", f"{tmp_path}/", word) for word in words]
     assert cli.command([*words[1:], *extra.get(words[1], [])]) == 0
     assert capsys.readouterr().out
 
