@@ -11,7 +11,7 @@ import torch
 from posttrain import evals
 from posttrain.args import arg, at_least
 from posttrain.chat import stop_ids
-from posttrain.data import DataConfig, EvalIndex, load_rows, separate, stream_rows
+from posttrain.data import DataConfig, EvalIndex, check, load_rows, separate, stream_rows
 from posttrain.data.identity import read_identity
 from posttrain.errors import UserError
 from posttrain.evals import ReplyConfig
@@ -66,6 +66,13 @@ class WatchConfig:
         )
 
 
+def check_all(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, seed: int) -> None:
+    """What a dry run can know of `load_all` in seconds."""
+    evals.check_both(data, held_out, seed, ("messages",), ("prompt",))
+    if config.loss_dataset_split is not None:
+        check(config.source(data), config.loss_dataset_split, seed, ("messages",))
+
+
 def load_all(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, seed: int):
     """(conversations to learn from, held-out prompts, conversations for the held-out loss, their descriptions).
 
@@ -85,7 +92,7 @@ def load_all(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, 
 
 
 def _load_streamed(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, seed: int):
-    if data.on_leak in ("stop", "drop_eval") and data.on_leak != DataConfig.on_leak or data.leak_check_datasets:
+    if data.on_leak == "stop" or data.leak_check_datasets:
         raise UserError(
             "on_leak, leak_check_datasets: with streaming, training rows that held-out rows share are left out, and "
             "nothing else can be checked before they are read: leave on_leak, or set it to drop_train or report"

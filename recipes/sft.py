@@ -6,7 +6,7 @@ model given solved examples (few-shot) where the held-out rows have `few_shot`, 
 with `loss_dataset_split` the loss on held-out conversations. `--use_peft` trains LoRA adapters.
 """
 
-from posttrain import evals, sft_eval, stage
+from posttrain import sft_eval, stage
 from posttrain.args import parse, resolved
 from posttrain.chat import read_template, set_template
 from posttrain.data import DataConfig
@@ -26,9 +26,9 @@ ARGS = (*LEARN, WatchConfig, EvalConfig, ReplyConfig, EngineConfig)
 
 
 def check(argv, planned=()) -> dict:
-    configs = own, model, _, source, config, _, _, held_out, _, _ = parse(ARGS, argv)
+    configs = own, model, _, source, config, _, watching, held_out, _, _ = parse(ARGS, argv)
     stage.describe_parents({"policy": model.model_name_or_path}, planned)
-    evals.check_both(source, held_out, own.seed, ("messages",), ("prompt",))
+    sft_eval.check_all(source, held_out, watching, own.seed)
     if config.chat_template_path is not None:
         read_template(config.chat_template_path)
     return resolved(*configs)

@@ -28,7 +28,8 @@ SETTINGS = {
     },
     "reward": {
         "max_length": 512, "max_steps": 3, "batch_size": 8, "learning_rate": 1e-3, "eval_dataset_split": "train",
-        "eval_dataset_adapter": "oasst_rankings", "allow": "truncated",  # 512 words make long sequences
+        "eval_steps": 0, "eval_dataset_adapter": "oasst_rankings",
+        "allow": "truncated",  # 512 words make long sequences
     },
     "ppo": {
         "max_steps": 3, "num_prompts": 8, "max_completion_length": 16, "learning_rate": 1e-4, **REPLIES,

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_comparison_with_trl_runs_and_counts(tmp_path):
-    script, out = ROOT / "benchmarks" / "reward_vs_trl.py", tmp_path / "found.json"
+    script, out = ROOT / "tests" / "benchmarks" / "reward_vs_trl.py", tmp_path / "found.json"
     size = ["--rows", 24, "--steps", 2, "--repeats", 1, "--batch_size", 4, "--hidden_size", 32, "--layers", 1]
     done = call([sys.executable, script, *size, "--evaluate", "--out", out])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -29,7 +29,7 @@ def test_the_comparison_with_trl_runs_and_counts(tmp_path):
 
 
 def test_the_study_of_overoptimization_runs_and_writes_what_it_finds(tmp_path):
-    script = ROOT / "benchmarks" / "overoptimization.py"
+    script = ROOT / "tests" / "benchmarks" / "overoptimization.py"
     size = ["--sizes", 20, 40, "--n", 4, "--prompts", 4, "--max_steps", 2, "--max_tokens", 8]
     save_pair(tiny_llama(), tiny_tokenizer(), tmp_path / "chat")
     folders = ["--model", tmp_path / "chat", "--work", tmp_path / "work", "--out", tmp_path / "out"]

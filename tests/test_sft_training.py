@@ -9,7 +9,7 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import new_llama
-from recipe_runs import argv, call, log, manifest, refused, run
+from recipe_runs import ROOT, argv, call, log, manifest, refused, run
 from test_sft_encoding import ROWS, logged, sft
 
 from posttrain import chat, sft_eval
@@ -193,3 +193,13 @@ def test_settings_that_cannot_be(settings, words):
 def test_a_loss_data_set_without_its_split(small_chain, tmp_path):
     done = run(argv("sft", small_chain, tmp_path / "o", loss_dataset_name="tiny"), tmp_path)
     refused(done, "loss_dataset_name: needs loss_dataset_split")
+
+
+def test_a_dry_run_looks_at_the_data_of_the_held_out_loss(small_chain, tmp_path):
+    from posttrain.chain import import_recipe
+
+    recipe = import_recipe(ROOT / "recipes" / "sft.py")
+    flags = argv("sft", small_chain, tmp_path / "o", loss_dataset_split="test")[1:]
+    assert recipe.check(flags)["loss_dataset_split"] == "test"
+    with pytest.raises(UserError, match="split: found 'tset', expected train or test"):
+        recipe.check([*flags, "--loss_dataset_split", "tset"])

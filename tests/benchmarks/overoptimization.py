@@ -4,7 +4,7 @@ d = sqrt(KL), for reward models from several numbers of rankings.
 In: a chat model of the tiny world (`posttrain run recipes/tiny`, its sft stage). Out: overoptimization.{json,md,svg}.
 The judge ("gold") is the labeller's true utility, which rankings were drawn from with noise and no reward model sees.
 
-    python benchmarks/overoptimization.py --model runs/tiny/sft --work runs/overoptimization --out benchmarks/results
+    python tests/benchmarks/overoptimization.py --model runs/tiny/sft --work runs/overoptimization
 
 Every reward model starts from the chat model, trains with recipes/tiny/reward.yaml on the first rows of the same
 rankings and stops by itself on a validation part of them. All pick among the same samples of the chat model.
@@ -24,7 +24,7 @@ from posttrain.models import load_tokenizer
 from posttrain.plots import Line, plot, standalone
 from posttrain.stage import read_manifest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOLD = "tiny_utility"
 
 
@@ -39,7 +39,7 @@ def main() -> None:
     models = [measure(size, folder, samples, gold, ns) for size, folder in folders.items()]
     ideal = curve(gold, {GOLD: gold}, ns)
     result = {
-        "command": "python benchmarks/overoptimization.py "
+        "command": "python tests/benchmarks/overoptimization.py "
         + " ".join(
             f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
             for key, value in vars(options).items()
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     each = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     each.add_argument("--model", required=True, help="chat model of the tiny world")
     each.add_argument("--work", default="runs/overoptimization", help="where the reward models go")
-    each.add_argument("--out", default="benchmarks/results")
+    each.add_argument("--out", default="tests/benchmarks/results")
     each.add_argument("--sizes", type=int, nargs="+", default=[60, 600, 6000], help="rankings to learn from")
     each.add_argument("--n", type=int, default=512, help="replies to each prompt")
     each.add_argument("--prompts", type=int, default=128)

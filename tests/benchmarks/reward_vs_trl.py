@@ -3,9 +3,9 @@
 In: rankings, as any stage reads them, and a model (a folder, or a Llama made here). Out: a table, and JSON with
 `--out`. Ours learns from whole rankings, each prompt run once; TRL 1.16 from all pairs of each ranking, padded.
 
-    python benchmarks/reward_vs_trl.py                                    # the tiny world, a small Llama
-    python benchmarks/reward_vs_trl.py --data oasst.jsonl --adapter oasst_rankings --model HuggingFaceTB/SmolLM2-135M \
-        --test messages.jsonl --steps 20 --evaluate
+    python tests/benchmarks/reward_vs_trl.py                                    # the tiny world, a small Llama
+    python tests/benchmarks/reward_vs_trl.py --data oasst.jsonl --adapter oasst_rankings \
+        --model HuggingFaceTB/SmolLM2-135M --test messages.jsonl --steps 20 --evaluate
 
 Protocol: equal token ids, weights and dtype; A B A B with `--repeats` rounds; medians, and the ratio with its lowest
 and highest round. "default" is TRL as it comes (bf16 autocast, gradient checkpointing), "tuned" has neither (--bf16:
@@ -36,7 +36,7 @@ from posttrain.reward_model import RewardConfig, prepare, train
 from posttrain.tokenizer import train_tokenizer
 from posttrain.training import OptimConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KINDS = ("ours", "TRL tuned", "TRL default")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # cpu: seconds of all threads, on a machine not alone
 
