@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posttrain.data import DataConfig, load_adapter, load_rows
-from posttrain.data.adapters import ADAPTERS
+from posttrain.data.adapters import ADAPTERS as ALL
 from posttrain.data.bad_rows import BadRows
 from posttrain.errors import UserError
+
+# identity turns one description into thousands of rows and is tested apart: tests/test_identity.py
+ADAPTERS = {name: path for name, path in ALL.items() if name != "identity"}
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"required": ["x"]}}}
