@@ -61,6 +61,17 @@ def quantization(config: LoraArgs) -> dict:
     return {"quantization_config": four_bits}
 
 
+def keep_trainable(model) -> None:
+    """Let 4-bit layers of `model` stay as they were loaded.
+
+    On some CPUs bitsandbytes 0.50 repacks a layer's weights at its first forward without gradients, for speed. What is
+    backpropagated through it afterwards is wrong, in silence; and layers narrower than 64 die.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
 def add_adapter(model, config: LoraArgs, *, task_type: str = "CAUSAL_LM", token_ids: list[int] = ()):
     """Freeze `model` and put adapters inside it, in place; returns peft's wrapper around the very same object.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from posttrain.args import arg
 from posttrain.errors import UserError
-from posttrain.lora import LoraArgs, quantization, save_model
+from posttrain.lora import LoraArgs, keep_trainable, quantization, save_model
 
 DTYPES = ("float32", "bfloat16")
 
@@ -77,7 +77,7 @@ def load_scalar_model(config: ModelConfig, **kwargs):
 
 
 def _load_weights(auto_class, config: ModelConfig, **kwargs):
-    return _load(
+    model = _load(
         auto_class,
         config.model_name_or_path,
         "model",
@@ -87,6 +87,8 @@ def _load_weights(auto_class, config: ModelConfig, **kwargs):
         use_safetensors=True,
         **kwargs,
     )
+    keep_trainable(model)
+    return model
 
 
 def _load(auto_class, name: str, what: str, revision: str | None, **kwargs):

@@ -132,6 +132,37 @@ def test_four_bits(tmp_path):
     torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
 
 
+def test_four_bits_learn_the_same_whether_or_not_they_were_sampled_from_first(tmp_path):
+    """A stage measures its base model before it trains."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'posttrain[qlora]'")
+    from posttrain.models import ModelConfig, load_causal_lm
+
+    llama().save_pretrained(tmp_path)
+    ids, gradients = torch.arange(48).view(2, 24), []
+    for measured in (False, True):
+        model = load_causal_lm(ModelConfig(str(tmp_path)), **quantization(LoraArgs(use_peft=True, load_in_4bit=True)))
+        if measured:
+            with torch.no_grad():
+                model.eval()(ids)
+        torch.manual_seed(0)
+        wrapped = add_adapter(model, LORA, token_ids=TRAINED_ROWS).train()
+        wrapped(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    assert any(gradient.abs().max() > 1e-4 for gradient in gradients[0].values())
+
+
+def test_sft_of_four_bits(small_chain, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install 'posttrain[qlora]'")
+    settings = {"use_peft": "true", "load_in_4bit": "true", "learning_rate": 1e-2, "loss_dataset_split": "test"}
+    done = run(argv("sft", small_chain, tmp_path / "sft", **settings), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "autograd kernel was not registered" not in done.stderr
+    assert manifest(tmp_path / "sft")["gains"][-1]["passed"], "the held-out loss falls"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "sft")
+    assert plain.dtype == torch.float32 and plain.num_parameters() == manifest(small_chain / "sft")["parameters"]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
