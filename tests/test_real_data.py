@@ -271,6 +271,7 @@ def test_small_heads_fall_back_to_generate(real, tmp_path):
         "--model_name_or_path", real / "models/stories260k", "--dataset_name", data / OASST, "--eval_dataset_name",
         data / "gsm8k/train.jsonl", "--output_dir", tmp_path / "sft", "--max_length", 512, "--max_truncated", 1,
         "--chat_template_path", ROOT / "chat_templates/chatml.jinja", "--use_vllm", "true", "--bf16", "false",
+        "--loss_dataset_split", "null",
     ]  # fmt: skip
     done = call([*LAUNCH, "recipes/sft.py", "--config", "recipes/smollm2-135m/sft.yaml", *flags])
     assert (
