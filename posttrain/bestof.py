@@ -65,8 +65,9 @@ def sample(study: Study, path: str, rows: list[dict], n: int, max_tokens: int, u
 def score(path: str, samples: Samples) -> torch.Tensor:
     """(P, N) scores of a reward model less their mean over their std on its held-out rankings, where its manifest has
     them. A reply that was sampled twice is scored once."""
+    from posttrain.layouts import find_layout
     from posttrain.models import ModelConfig, load_scalar_model
-    from posttrain.ranking_forward import find_layout, score_groups
+    from posttrain.ranking_forward import score_groups
     from posttrain.stage import read_manifest
 
     model = load_scalar_model(ModelConfig(path)).eval()

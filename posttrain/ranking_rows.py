@@ -11,6 +11,7 @@ from functools import cached_property
 from posttrain.chat import encode_chat, reply_end_id
 from posttrain.data import MESSAGES, are_messages
 from posttrain.errors import UserError
+from posttrain.layouts import shared_size
 from posttrain.ranking_losses import MOST_TIED, tie_groups
 
 
@@ -26,18 +27,7 @@ class Ranking:
     @cached_property
     def size(self) -> int:
         """Tokens where those that all sequences begin with stand once."""
-        shared = shared_length(self.sequences)
-        return shared + sum(len(s) - shared for s in self.sequences)
-
-
-def shared_length(sequences: list[list[int]]) -> int:
-    """Tokens that all sequences begin with (the prompt, and more where replies begin alike); each keeps at least its
-    last token to itself, since that is where its score is read. One sequence shares nothing."""
-    if len(sequences) < 2:
-        return 0
-    first, last = min(sequences), max(sequences)  # in the order of lists these differ the soonest
-    most = min(map(len, sequences)) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)
+        return shared_size(self.sequences)
 
 
 def replies_of(row: dict) -> list[list[dict]]:

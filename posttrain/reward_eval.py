@@ -12,8 +12,9 @@ from posttrain import figures, ranking_metrics
 from posttrain.calibration import by_length, reliability
 from posttrain.data import DataConfig, load_rows
 from posttrain.errors import UserError
+from posttrain.layouts import find_layout
 from posttrain.models import ModelConfig, load_config, load_scalar_model, load_tokenizer
-from posttrain.ranking_forward import find_layout, score_rankings
+from posttrain.ranking_forward import score_rankings
 from posttrain.ranking_rows import Ranking, encode_rankings
 from posttrain.reward_model import RewardConfig
 

@@ -16,10 +16,11 @@ from posttrain.chat import control_tokens, stop_ids
 from posttrain.data import origin
 from posttrain.early_stopping import EarlyStopping, trained
 from posttrain.errors import UserError
+from posttrain.layouts import LAYOUTS, Layout, find_layout
 from posttrain.lora import LoraArgs, add_adapter
 from posttrain.order import shuffled_indices
 from posttrain.progress import Progress
-from posttrain.ranking_forward import LAYOUTS, Layout, SequenceScores, find_layout
+from posttrain.ranking_forward import SequenceScores
 from posttrain.ranking_losses import LOSS_FUNCTIONS, TIES, RankingLoss
 from posttrain.ranking_rows import Ranking
 from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state

@@ -8,17 +8,9 @@ import torch
 from rl_helpers import tiny_scorer, tiny_tokenizer
 
 from posttrain.errors import UserError
-from posttrain.ranking_forward import (
-    LAYOUTS,
-    Layout,
-    SequenceScores,
-    attention_cost,
-    find_layout,
-    score_all,
-    score_groups,
-    score_rankings,
-)
-from posttrain.ranking_rows import Ranking, shared_length
+from posttrain.layouts import LAYOUTS, Layout, attention_cost, find_layout, shared_length
+from posttrain.ranking_forward import SequenceScores, score_all, score_groups, score_rankings
+from posttrain.ranking_rows import Ranking
 from posttrain.reward_model import RewardConfig, choose_layout
 
 EVERY = pytest.mark.parametrize("name", LAYOUTS)
@@ -222,7 +214,7 @@ def test_the_probe_finds_a_model_that_ignores_positions(scorer, monkeypatch):
 
     monkeypatch.setattr(backbone.model, "forward", deaf)
     layout, why = find_layout(backbone, 50)
-    assert layout.name == "padded" and "prefix scores differ from padded ones" in why
+    assert layout.name == "padded" and "prefix rows differ from padded ones" in why
     assert find_layout(scorer, 50) == (Layout("prefix", attention_cost(scorer)), "")
 
 

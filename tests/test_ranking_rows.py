@@ -7,7 +7,8 @@ import pytest
 from rl_helpers import tiny_tokenizer
 
 from posttrain.errors import UserError
-from posttrain.ranking_rows import Ranking, encode_rankings, shared_length
+from posttrain.layouts import shared_length
+from posttrain.ranking_rows import Ranking, encode_rankings
 
 
 def say(text: str) -> list[dict]:

@@ -27,9 +27,10 @@ import torch
 from posttrain import stage
 from posttrain.chat import set_template
 from posttrain.data import DataConfig, load_rows, origin
+from posttrain.layouts import find_layout
 from posttrain.lora import LoraArgs
 from posttrain.models import ModelConfig, ShapeConfig, load_pair, load_scalar_model, make_llama, save_pair
-from posttrain.ranking_forward import find_layout, score_rankings
+from posttrain.ranking_forward import score_rankings
 from posttrain.ranking_metrics import measure_rankings
 from posttrain.ranking_rows import Ranking, encode_rankings
 from posttrain.reward_model import RewardConfig, prepare, train
