@@ -2,90 +2,136 @@
 
 import math
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
+from oracles.trl_1_16_grpo import make_trl, trl_loss, trl_step
 from rl_helpers import (
     assert_same_gradients,
+    frozen,
     gradients_of,
     make_trainer,
     plain_logps,
+    settings,
     signals_restored,
     tiny_llama,
-    tiny_tokenizer,
 )
 
-from posttrain.rl.config import RLConfig
-from posttrain.rl.losses import clipped_policy_loss, clipped_value_loss, kl_estimates, sequence_weights
+from posttrain.rl.kl import kl_loss
+from posttrain.rl.losses import (
+    LOSS_TYPES,
+    clipped_value_loss,
+    policy_loss,
+    sequence_weights,
+    token_total,
+)
 from posttrain.rl.types import Completion, Experience, Rollouts
 
+LENGTHS = [1, 5, 12, 3, 8, 2]
 
-@pytest.mark.parametrize(
-    ("mu", "kind", "bias", "spread"),
-    [
-        (0.1, "k1", 0.0, 20.0),
-        (0.1, "k2", 0.002, 1.42),
-        (0.1, "k3", 0.0, 1.42),
-        (1.0, "k1", 0.0, 2.00),
-        (1.0, "k2", 0.25, 1.73),
-        (1.0, "k3", 0.0, 1.70),
-    ],
-)
-def test_bias_and_spread_of_the_kl_estimators(mu, kind, bias, spread):
-    """Schulman's table (joschu.net/blog/kl-approx.html): samples of N(0, 1), reference N(mu, 1), in units of the KL.
 
-    The expectation is taken by quadrature, so the figures are exact and not drawn.
-    """
-    x = torch.linspace(-14, 14, 28_001, dtype=torch.float64)
-    logp, ref = -0.5 * x**2, -0.5 * (x - mu) ** 2
-    weights = logp.exp() / logp.exp().sum()
-    values, true = kl_estimates(logp, ref, kind), 0.5 * mu**2
-    mean = (weights * values).sum()
-    std = (weights * (values - mean) ** 2).sum().sqrt()
-    assert (mean / true - 1).item() == pytest.approx(bias, abs=1e-3)
-    assert (std / true).item() == pytest.approx(spread, abs=6e-3)
+def ppo_loss(logps, old_logps, advantages, **keys):
+    """Of one sequence, clipped at 0.2 unless said otherwise."""
+    return policy_loss(logps, old_logps, advantages, [len(logps)], **{"low": 0.2, "high": 0.2, **keys})
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("ratio", "advantage", "keys", "loss", "gradient", "clipped"),
     [
-        ("k1", [0.0, 0.0, 0.0, 0.0]),
-        ("k2", [-0.0626, -0.1540, 0.3443, -0.1277]),  # gradient of KL(policy, reference)
-        ("k3", [0.0090, -0.2300, 0.3040, -0.0830]),  # gradient of KL(reference, policy)
+        (1.0, 2.0, {}, -2.0, -2.0, 0),
+        (1.5, 1.0, {}, -1.2, 0.0, 1),  # already more likely by more than 20 %: no more gain
+        (1.5, -1.0, {}, 1.5, 1.5, 0),  # but a bad token may still be pushed down
+        (0.5, 1.0, {}, -0.5, -0.5, 0),
+        (0.5, -1.0, {}, 0.8, 0.0, 1),
+        (1.25, 1.0, {"high": 0.28}, -1.25, -1.25, 0),  # DAPO's clip-higher
+        (1.25, 1.0, {"high": 0.2}, -1.2, 0.0, 1),
+        (1.5, 0.0, {}, 0.0, 0.0, 0),
+        (4.0, -1.0, {"delta": 3.0}, 3.0, 0.0, 1),  # dual clip: however likely, pushed down no more
+        (2.5, -1.0, {"delta": 3.0}, 2.5, 2.5, 0),
+        (4.0, 1.0, {"delta": 3.0}, -1.2, 0.0, 1),  # and it leaves good tokens as they are
+        (4.0, -1.0, {"cap": 2.0}, 2.0, 2.0, 0),  # the ratio as importance weight, truncated: coefficient 2
+        (1.5, -1.0, {"cap": 2.0}, 1.5, 1.5, 0),
     ],
 )
-def test_expected_gradients_of_the_kl_estimators(kind, expected):
-    logits = torch.tensor([0.3, -0.5, 1.0, 0.1], requires_grad=True)
-    logps, ref = torch.log_softmax(logits, 0), torch.log_softmax(torch.tensor([0.0, 0.4, -0.3, 0.2]), 0)
-    (logps.detach().exp() * kl_estimates(logps, ref, kind)).sum().backward()
-    torch.testing.assert_close(logits.grad, torch.tensor(expected), atol=6e-5, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
-def test_kl_estimates_of_equal_policies_are_zero(kind):
-    logps = torch.tensor([-0.1, -5.0, -30.0])
-    assert kl_estimates(logps, logps, kind).abs().max() == 0
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "high", "loss", "clipped"),
-    [
-        (1.0, 2.0, 0.2, -2.0, 0),
-        (1.5, 1.0, 0.2, -1.2, 1),  # already more likely by more than 20 %: no more gain
-        (1.5, -1.0, 0.2, 1.5, 0),  # but a bad token may still be pushed down
-        (0.5, 1.0, 0.2, -0.5, 0),
-        (0.5, -1.0, 0.2, 0.8, 1),
-        (1.25, 1.0, 0.28, -1.25, 0),  # DAPO's clip-higher
-        (1.25, 1.0, 0.2, -1.2, 1),
-        (1.5, 0.0, 0.2, 0.0, 0),
-    ],
-)
-def test_clipped_policy_loss_by_hand(ratio, advantage, high, loss, clipped):
+def test_policy_loss_of_one_token_by_hand(ratio, advantage, keys, loss, gradient, clipped):
     logps = torch.tensor([math.log(ratio) - 3.0], requires_grad=True)
-    found, was_clipped = clipped_policy_loss(logps, torch.tensor([-3.0]), torch.tensor([advantage]), 0.2, high)
-    found.sum().backward()
-    assert found.item() == pytest.approx(loss, abs=1e-6)
-    assert was_clipped.tolist() == [clipped]
-    assert logps.grad.item() == pytest.approx(0.0 if clipped else -ratio * advantage, abs=1e-6)
+    found = ppo_loss(logps, torch.tensor([-3.0]), torch.tensor([advantage]), **keys)
+    found.loss.sum().backward()
+    assert found.loss.item() == pytest.approx(loss, abs=1e-6)
+    assert logps.grad.item() == pytest.approx(gradient, abs=1e-6)
+    assert found.ratio.item() == pytest.approx(ratio)
+    assert (found.clipped.item(), found.truncated.item()) == (clipped, float(ratio > keys.get("cap", 9)))
+
+
+@pytest.mark.parametrize(("ratio", "gradient"), [(0.5, -1.0), (3.0, -6.0), (9.0, -10.0)])
+def test_cispo_keeps_the_gradient_of_a_clipped_token(ratio, gradient):
+    """-min(r, 5) A grad log pi with A = 2; a `cap` below its bound takes the bound's place."""
+    for cap, expected in ((math.inf, gradient), (4.0, max(gradient, -8.0))):
+        logps = torch.tensor([math.log(ratio) - 3.0], requires_grad=True)
+        found = ppo_loss(logps, torch.tensor([-3.0]), torch.tensor([2.0]), high=5.0, loss_type="cispo", cap=cap)
+        found.loss.sum().backward()
+        assert logps.grad.item() == pytest.approx(expected, rel=1e-5)
+        assert found.clipped.item() == float(ratio > 5)
+
+
+def test_gspo_of_two_sequences_by_hand():
+    """Ratios are geometric means, 2 and 1 / 2: the clip sees those, whatever a single token's ratio."""
+    logps = torch.tensor([math.log(8.0), math.log(0.5), math.log(0.5)], requires_grad=True)
+    advantages = torch.tensor([-1.0, -1.0, 1.0])
+    found = policy_loss(logps, torch.zeros(3), advantages, [2, 1], low=0.1, high=0.1, loss_type="gspo")
+    torch.testing.assert_close(found.ratio, torch.tensor([2.0, 2.0, 0.5]))
+    torch.testing.assert_close(found.loss, torch.tensor([2.0, 2.0, -0.5]))
+    found.loss.sum().backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([2.0, 2.0, -0.5]))  # 2 tokens x 1/2 of the mean x ratio 2
+
+
+def test_truncation_is_the_same_with_and_without_a_pass_for_old_log_probabilities():
+    """At first pi = pi_old: min(pi_old / mu, cap) beside a ratio of 1, or the ratio pi / mu itself, truncated."""
+    engine, trainer, advantages = torch.randn(3, 200, generator=torch.Generator().manual_seed(0)).double()
+    gradients = []
+    for keys in ({"old": engine}, {"old": trainer, "behaviour_logps": engine}):
+        logps = trainer.clone().requires_grad_()
+        found = ppo_loss(logps, keys.pop("old"), advantages, low=1.0, high=1e9, cap=2.0, **keys)
+        (gradient,) = torch.autograd.grad(found.loss.sum(), logps)
+        gradients.append(gradient)
+        assert torch.equal(found.truncated.bool(), trainer - engine > math.log(2.0))
+    torch.testing.assert_close(gradients[0], -(trainer - engine).exp().clamp(max=2.0) * advantages)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_groups_of_equal_rewards_have_a_gradient_of_exactly_zero(loss_type):
+    logps, zeros = torch.linspace(-1, 2, 7, requires_grad=True), torch.zeros(7)
+    found = policy_loss(logps, zeros, zeros, [3, 4], low=0.2, high=1.2, loss_type=loss_type, delta=1.1)
+    found.loss.sum().backward()
+    assert logps.grad.tolist() == [0.0] * 7 and found.clipped.sum() == 0
+
+
+reals = st.floats(-3, 3, width=32)
+
+
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    st.lists(st.tuples(reals, reals, reals), min_size=1, max_size=8), st.sampled_from(LOSS_TYPES),
+    st.sampled_from([None, 3.0]), st.floats(1, 3), st.data(),
+)  # fmt: skip
+def test_what_holds_for_every_loss(rows, loss_type, delta, cap, data):
+    """Shares are 0 or 1; no token pulls against its advantage; sequences do not touch each other."""
+    logps, old, advantages = torch.tensor(rows).T.clone()
+    cut = data.draw(st.integers(0, len(rows)))
+    sizes = [cut, len(rows) - cut]
+    if loss_type == "gspo":
+        advantages = torch.cat([a[:1].expand(len(a)) for a in advantages.split(sizes)])
+    keys = {"low": 0.2, "high": 1.2, "loss_type": loss_type, "delta": delta, "cap": cap}
+    logps.requires_grad_()
+    found = policy_loss(logps, old, advantages, sizes, **keys)
+    found.loss.sum().backward()
+    assert set(found.clipped.tolist()) | set(found.truncated.tolist()) <= {0.0, 1.0}
+    assert (logps.grad * advantages <= 0).all()
+    parts = (x.detach().split(sizes) for x in (logps, old, advantages))
+    alone = [policy_loss(*part, [len(part[0])], **keys).loss for part in zip(*parts, strict=True) if len(part[0])]
+    assert torch.equal(torch.cat(alone), found.loss.detach())
 
 
 def test_clipped_value_loss_equals_the_published_formula():
@@ -116,20 +162,29 @@ def test_clipped_value_loss_by_hand(value, loss, gradient):
 def test_sequence_weights_are_the_means_they_are_named_for():
     lengths, losses = [1, 4, 10], [torch.tensor([2.0]), torch.arange(4.0), torch.linspace(-1, 3, 10)]
 
-    def weighted(kind):
-        weights = sequence_weights(kind, torch.tensor(lengths), 15, 3, 20)
+    def weighted(kind, total=15, counts=None):
+        weights = sequence_weights(kind, torch.tensor(lengths), total, 3, 20, counts)
         return sum((w * loss).sum().item() for w, loss in zip(weights, losses, strict=True))
 
-    assert weighted("grpo") == pytest.approx(torch.stack([loss.mean() for loss in losses]).mean().item())
-    assert weighted("dapo") == pytest.approx(torch.cat(losses).mean().item())
+    for kind in ("grpo", "gspo"):
+        assert weighted(kind) == pytest.approx(torch.stack([loss.mean() for loss in losses]).mean().item())
+    for kind in ("bnpo", "dapo", "cispo"):
+        assert weighted(kind) == pytest.approx(torch.cat(losses).mean().item())
     assert weighted("dr_grpo") == pytest.approx(torch.cat(losses).sum().item() / (3 * 20))
+    without_second = torch.tensor([1.0, 0.0, 1.0])
+    assert weighted("grpo", 11, without_second) == pytest.approx((losses[0].mean() + losses[2].mean()).item() / 3)
+    assert weighted("dapo", 11, without_second) == pytest.approx(torch.cat(losses[::2]).mean().item())
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dapo"])
-def test_sequence_weights_of_two_processes_sum_to_one(kind):
-    first, second = torch.tensor([1, 900]), torch.tensor([7, 40])
-    sums = [(sequence_weights(kind, part, 948, 4, 1000) * part).sum().item() for part in (first, second)]
-    assert sum(sums) == pytest.approx(1.0)
+@hypothesis.settings(deadline=None)
+@hypothesis.given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=12), st.integers(0, 12), st.sampled_from(LOSS_TYPES)
+)
+def test_sequence_weights_of_two_processes_sum_to_one(lengths, cut, kind):
+    """dr_grpo's to the share of the room that is used."""
+    total, parts = sum(lengths), [torch.tensor(part, dtype=torch.long) for part in (lengths[:cut], lengths[cut:])]
+    found = sum((sequence_weights(kind, part, total, len(lengths), 1000) * part).sum().item() for part in parts)
+    assert found == pytest.approx(total / (1000 * len(lengths)) if kind == "dr_grpo" else 1.0, rel=1e-5)
 
 
 def test_dr_grpo_weight_does_not_depend_on_any_length():
@@ -138,82 +193,161 @@ def test_dr_grpo_weight_does_not_depend_on_any_length():
     assert short.tolist() == long.tolist() == pytest.approx([1 / 200] * 2)
 
 
+def test_what_is_unknown_is_refused():
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match="loss_type: found 'sapo', expected one of grpo, dr_grpo"):
+        sequence_weights("sapo", torch.tensor([1]), 1, 1, 1)
+    with pytest.raises(ValueError, match="loss_type: found 'sapo'"):
+        ppo_loss(one, one, one, loss_type="sapo")
+    with pytest.raises(ValueError, match="importance_sampling_level: found 'word', expected one of token, sequence"):
+        ppo_loss(one, one, one, level="word")
+    with pytest.raises(ValueError, match="epsilon_high: found 0.2; for cispo it bounds the ratio"):
+        ppo_loss(one, one, one, loss_type="cispo")
+
+
+@pytest.fixture(scope="module")
+def trl(tmp_path_factory):
+    return make_trl(tmp_path_factory.mktemp("trl"))
+
+
+def random_tokens(lengths: list[int], seed: int = 0) -> dict[str, list[torch.Tensor]]:
+    """Log-probabilities of four policies that drifted apart, float64, and one advantage a sequence."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n, scale):
+        return scale * torch.randn(n, generator=generator, dtype=torch.float64)
+
+    logps = [draw(n, 1.0) - 3 for n in lengths]
+    drifted = {
+        key: [x + draw(len(x), scale) for x in logps] for key, scale in (("old", 0.5), ("engine", 0.7), ("ref", 0.5))
+    }
+    return {"logps": logps, **drifted, "advantages": [draw(1, 1.0).expand(n) for n in lengths]}
+
+
+def our_loss(tokens: dict, keys: dict, total: float | None = None, counts=None) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradient of the log-probabilities, by the functions under test."""
+    lengths = [len(x) for x in tokens["logps"]]
+    flat = {key: torch.cat(pieces) for key, pieces in tokens.items()}
+    logps, keys = flat["logps"].requires_grad_(), dict(keys)
+    beta, correct, engine = keys.pop("beta", 0.0), keys.pop("use_bias_correction_kl", True), keys.pop("engine", False)
+    if engine:
+        keys |= {"behaviour_logps": flat["engine"]}
+    terms = policy_loss(logps, flat["old"], flat["advantages"], lengths, **keys)
+    each = terms.loss + beta * kl_loss(logps, flat["ref"], "k3", terms.ratio, correct)
+    total, sizes = sum(lengths) if total is None else total, torch.tensor(lengths)
+    weights = sequence_weights(keys["loss_type"], sizes.double(), total, len(lengths), 16, counts)
+    loss = (each * weights.double().repeat_interleave(sizes)).sum()
+    loss.backward()
+    return loss.item(), logps.grad.split(lengths)
+
+
+BASE = {"loss_type": "dapo", "low": 0.2, "high": 0.2}
+VARIANTS = {
+    **{kind: {"loss_type": kind, "high": 2.5 if kind == "cispo" else 0.2} for kind in LOSS_TYPES},
+    "clip_higher": {"high": 0.28},
+    "asymmetric": {"low": 0.1, "high": 0.4, "loss_type": "grpo"},
+    "delta": {"delta": 1.6, "loss_type": "bnpo"},
+    "sequence_level": {"level": "sequence"},
+    "sequence_level_delta": {"level": "sequence", "delta": 1.3, "low": 0.05, "high": 0.05, "loss_type": "dr_grpo"},
+    "sequence_level_cispo": {"level": "sequence", "loss_type": "cispo", "high": 1.1},
+    "kl": {"beta": 0.1},
+    "kl_of_the_paper": {"beta": 0.1, "use_bias_correction_kl": False, "loss_type": "grpo"},
+    "kl_of_gspo": {"beta": 0.1, "loss_type": "gspo"},
+    "kl_of_cispo": {"beta": 0.1, "loss_type": "cispo", "high": 2.5},
+    **{f"truncated_{kind}": {"loss_type": kind, "high": 1.5, "cap": 2.0, "engine": True} for kind in LOSS_TYPES},
+    "truncated_kl_delta": {"beta": 0.2, "cap": 1.5, "engine": True, "delta": 1.6},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_and_gradient_equal_trl(trl, variant):
+    keys, tokens = BASE | VARIANTS[variant], random_tokens(LENGTHS)
+    expected, gradients = trl_loss(trl, tokens, keys)
+    found, ours = our_loss(tokens, keys)
+    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    for mine, theirs in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_truncated_completions_left_out_equal_trl(trl, loss_type):
+    """mask_truncated_completions: TRL empties the mask of the third and the last completion."""
+    keys, tokens = BASE | {"loss_type": loss_type, "high": 1.5}, random_tokens(LENGTHS)
+    counts = torch.tensor([1, 1, 0, 1, 1, 0])
+    kept = sum(n for n, count in zip(LENGTHS, counts, strict=True) if count)
+    expected, gradients = trl_loss(trl, tokens, keys, counts=counts, num_items=kept)
+    found, ours = our_loss(tokens, keys, total=kept, counts=counts)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert ours[2].abs().sum() == ours[5].abs().sum() == 0
+    for mine, theirs in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_minibatches_and_accumulation_are_weighted_as_trl_weights_them(trl, loss_type):
+    """Four forwards of six rows a generation, two to an optimizer step: TRL's losses add up to ours of twelve rows.
+
+    But for bnpo, whose means TRL takes forward by forward: there the optimizer step is one forward.
+    """
+    forwards = [random_tokens([n + k for n in LENGTHS], seed=k) for k in range(4)]
+    of_batch = sum(len(x) for tokens in forwards for x in tokens["logps"])
+    accumulated = 1 if loss_type == "bnpo" else 2
+    keys = BASE | {"loss_type": loss_type, "high": 1.5}
+    steps = {"gradient_accumulation": accumulated, "steps_per_generation": 4, "num_items": of_batch}
+    expected = [trl_loss(trl, tokens, keys, **steps) for tokens in forwards[:accumulated]]
+    minibatch = {key: [x for tokens in forwards[:accumulated] for x in tokens[key]] for key in forwards[0]}
+    of_minibatch = sum(map(len, minibatch["logps"]))
+    total = token_total(loss_type, of_minibatch, of_batch, 4 // accumulated)
+    found, ours = our_loss(minibatch, keys, total=total)
+    assert found == pytest.approx(sum(loss for loss, _ in expected), rel=1e-6)
+    theirs = [gradient for _, gradients in expected for gradient in gradients]
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-9)
+
+
 def experience_of(policy, temperature: float) -> Experience:
     """Six completions of 1 to 12 tokens in two groups, with off-policy and reference log-probabilities."""
     generator = torch.Generator().manual_seed(3)
-    lengths = [1, 5, 12, 3, 8, 2]
     prompts = [[10, 11, 12]] * 3 + [[20, 21, 22, 23, 24, 25, 26]] * 3
-    ids = [torch.randint(30, 200, (n,), generator=generator).tolist() for n in lengths]
+    ids = [torch.randint(30, 200, (n,), generator=generator).tolist() for n in LENGTHS]
     logps = [plain_logps(policy, p, c, temperature) for p, c in zip(prompts, ids, strict=True)]
     old = [x + 0.3 * torch.randn(len(x), generator=generator) for x in logps]
     reference = [x + 0.5 * torch.randn(len(x), generator=generator) for x in logps]
     completions = [Completion(c, o.tolist(), "length") for c, o in zip(ids, old, strict=True)]
     rollouts = Rollouts([{"row": i // 3} for i in range(6)], prompts, completions, 3)
-    experience = Experience(rollouts, torch.zeros(6), {}, old, reference)
     scores = torch.tensor([1.3, -0.2, -1.1, 0.7, -0.9, 0.2])
-    experience.advantages = [a.expand(n) for a, n in zip(scores, lengths, strict=True)]
-    return experience
-
-
-def trl_loss_and_gradients(policy, experience, folder, **config):
-    """Loss and gradients by `GRPOTrainer._compute_loss` of TRL 1.16, on left-padded prompts, right-padded replies."""
-    from datasets import Dataset
-    from torch.nn.utils.rnn import pad_sequence
-    from trl import GRPOConfig, GRPOTrainer
-
-    args = GRPOConfig(
-        output_dir=str(folder), num_generations=3, per_device_train_batch_size=6, max_completion_length=16,
-        report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, **config,
-    )  # fmt: skip
-    trainer = GRPOTrainer(
-        policy, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=args,
-        train_dataset=Dataset.from_dict({"prompt": ["a"]}), processing_class=tiny_tokenizer(),
-    )  # fmt: skip
-    trainer.model.eval()
-    rollouts = experience.rollouts
-    ids = [torch.tensor(c.ids) for c in rollouts.completions]
-    prompts = [torch.tensor(p) for p in rollouts.prompt_ids]
-
-    def right(pieces):
-        return pad_sequence(pieces, batch_first=True)
-
-    inputs = {
-        "prompt_ids": pad_sequence(prompts, batch_first=True, padding_side="left"),
-        "prompt_mask": pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left"),
-        "completion_ids": right(ids),
-        "completion_mask": right([torch.ones_like(c) for c in ids]),
-        "advantages": torch.stack([a[0] for a in experience.advantages]),
-        "old_per_token_logps": right(experience.old_logps),
-        "ref_per_token_logps": right(experience.ref_logps),
-        "num_items_in_batch": torch.tensor(sum(rollouts.lengths)),
-    }
-    loss = trainer._compute_loss(trainer.model, inputs)
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
-    policy.zero_grad()
-    return loss.item(), gradients
+    advantages = [a.expand(n) for a, n in zip(scores, LENGTHS, strict=True)]
+    return Experience(rollouts, torch.zeros(6), {}, old, ref_logps=reference, advantages=advantages)
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "beta", "epsilon_high"), [("grpo", 0.1, 0.2), ("dapo", 0.0, 0.28), ("dr_grpo", 0.04, 0.2)]
+    "keys",
+    [
+        {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False},  # the KL of the GRPO paper
+        {"loss_type": "dapo", "epsilon_high": 0.28},
+        {"loss_type": "dr_grpo", "beta": 0.04, "delta": 1.5},
+        {"loss_type": "gspo"},
+        {"loss_type": "cispo", "epsilon_high": 1.3},
+    ],
+    ids=lambda keys: keys["loss_type"],
 )
-def test_step_equals_trl(tmp_path, loss_type, beta, epsilon_high):
-    """One update of ours has the loss and the gradient of TRL's own code: clip, KL, weights, temperature, packing."""
+def test_step_equals_trl(tmp_path, keys):
+    """One update of ours has the loss and the gradient of TRL's own code: clip, KL, weights, temperature, layout."""
     from transformers import AutoModelForCausalLM
 
     tiny_llama(seed=1).save_pretrained(tmp_path / "model")  # TRL loads its reference model by the policy's path
     policy = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     experience = experience_of(policy, temperature=0.8)
-    loss, expected = trl_loss_and_gradients(
-        policy, experience, tmp_path / "trl", loss_type=loss_type, beta=beta, epsilon_high=epsilon_high,
-        epsilon=0.2, temperature=0.8, use_bias_correction_kl=False,  # the KL of the GRPO paper
-    )  # fmt: skip
-    config = RLConfig(
-        num_prompts=2, num_generations=3, max_completion_length=16, loss_type=loss_type, beta=beta,
-        epsilon_high=epsilon_high, temperature=0.8, max_tokens_per_microbatch=20, max_mismatch=10.0,
+    as_gspo = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
+    theirs = as_gspo if keys["loss_type"] == "gspo" else keys
+    loss, expected = trl_step(policy, experience, tmp_path / "trl", epsilon=0.2, temperature=0.8, **theirs)
+    config = settings(
+        num_prompts=2, num_generations=3, max_completion_length=16, epsilon=0.2, temperature=0.8,
+        max_tokens_per_microbatch=20, max_mismatch=10.0, vllm_importance_sampling_cap=math.inf, **keys,
     )  # fmt: skip
     with signals_restored():
-        trainer = make_trainer(tmp_path / "ours", policy, [], config)
+        reference = frozen(policy) if "beta" in keys else None
+        trainer = make_trainer(tmp_path / "ours", policy, [], config, reference=reference)
         with gradients_of(policy) as found:
             numbers = trainer.update(experience)
     assert numbers["loss"] == pytest.approx(loss, abs=1e-5)
@@ -222,7 +356,7 @@ def test_step_equals_trl(tmp_path, loss_type, beta, epsilon_high):
 
 def test_dr_grpo_gradient_of_a_token_does_not_depend_on_the_length_of_its_completion(tmp_path):
     """A causal LM's first tokens do not see later ones: with no advantage after them, more tokens change nothing."""
-    config = RLConfig(
+    config = settings(
         num_prompts=1, num_generations=2, max_completion_length=16, loss_type="dr_grpo", max_mismatch=1e9
     )
     gradients = []
@@ -237,10 +371,3 @@ def test_dr_grpo_gradient_of_a_token_does_not_depend_on_the_length_of_its_comple
             make_trainer(tmp_path / str(extra), policy, [], config).update(experience)
         gradients.append(found)
     assert_same_gradients(gradients[1], gradients[0])
-
-
-def test_an_unknown_estimator_or_loss_type_is_refused():
-    with pytest.raises(ValueError, match="k4"):
-        kl_estimates(torch.zeros(1), torch.zeros(1), "k4")
-    with pytest.raises(ValueError, match="bnpo"):
-        sequence_weights("bnpo", torch.tensor([1]), 1, 1, 1)
