@@ -32,6 +32,9 @@ RIGHT = [
     ("72", "The answer is 72. I hope that this answer is right."),
     ("72", "24+48=72. Tell me whether my answer is right."),
     ("72", "the answer is 36+36 = 72 clips in 2 months"),
+    ("72", "The answer is 72 dollars in 2 months"),
+    ("72", "The answer is 72, which is 3*24"),
+    ("72", "5, or rather 72"),
     # how numbers are written
     ("72", "#### 72.0"),
     ("1080", "#### 1,080"),
@@ -49,6 +52,7 @@ RIGHT = [
     ("1000000", "1e6"),
     ("1/2", r"\boxed{\frac{1}{2}}"),
     ("1/2", "0.5"),
+    ("1/2", r"\boxed{50\%}"),
     (r"\frac{1}{2}", "The answer is 2/4."),
     ("1/3", "0.333333"),
     ("5/2", r"\boxed{2\frac{1}{2}}"),
@@ -96,6 +100,26 @@ WRONG = [
     ("72", "the answer is 1 or 2 or 72"),
     ("72", r"\boxed{72, 73}"),
     ("72", r"\boxed{1, 2, 72}"),
+    ("72", r"\boxed{72 or 73}"),
+    ("72", "72 or 73"),
+    ("73", "72 or 73"),
+    ("72", "The answer is 72 or 73"),
+    ("72", "The answer is 72 or maybe 73."),
+    ("72", "The answer is either 72 or 73."),
+    ("72", "The answer is 72, 73, 74"),
+    ("72", "The answer is 72 and 73"),
+    ("72", "The answer is 72; 73"),
+    ("72", "The answer is 72 70 71"),
+    ("72", "The answer is 72 to 80"),
+    ("72", "The answer is between 72 and 80"),
+    ("72", "The answer is 72 ± 5"),
+    ("72", "The answer is not 72"),
+    ("72", "#### 72 73"),
+    ("72", "#### 72, 73"),
+    ("72", "#### 72 or 73"),
+    (r"\sqrt{2}", r"\boxed{\sqrt{2} or \sqrt{3}}"),
+    ("A", "A or B"),
+    ("A", r"\boxed{A, B}"),
     ("72", "The answer is 72. " + " ".join(f"The answer is {n}." for n in range(99))),
     (r"\{1, 2\}", r"\boxed{\{1, 2, 3\}}"),
     ("(1, 2)", r"\boxed{(2, 1)}"),
@@ -158,6 +182,9 @@ HOSTILE = [
     "\x00\x01\ud800",
     "999999999999",  # simplify(log(x+y)*z - 999999999999) is what hangs math-verify
     "(99)^{20}",
+    r"\frac{1}{" * 3000 + "2" + "}" * 3000,
+    "٣" * 50_000,
+    "nan " * 20_000,
 ]
 
 
@@ -201,7 +228,7 @@ def test_load_reward(tmp_path, monkeypatch):
     assert load_reward("own_rewards.short")(["?"], ["!"]) == [1.0]
     for name, error in {
         "corect": "did you mean 'correct'",
-        "zzz": "known: correct",
+        "zzz": "known: code, correct, format",
         "own_reward.short": "no module 'own_reward'",
         "posttrain.rewardz.short": "no module 'posttrain.rewardz'",
         "own_rewards.shirt": "did you mean 'short'",

@@ -1,14 +1,16 @@
-"""Reward functions, found by short name or by dotted path.
+"""Reward functions, found by short name or by dotted path, with their options.
 
-In: a name from a YAML (`rewards: [correct]` or `rewards: [my_rewards.short]`). Out: the function, TRL's contract:
+In: names and `reward_options` of a YAML (`reward_funcs: [correct, my.short]`). Out: functions of TRL's contract:
 `fn(prompts, completions, completion_ids, **columns) -> list[float | None]`, None = does not apply to this row.
 
     reward = load_reward("correct")
+    rewards = load_rewards(["correct", "overlong"], [1.0, 0.5], {"overlong": {"max_length": 512, "cache": 128}})
 
-To add one: write such a function in a file of your own, and name it by dotted path.
+To add one: write such a function in a file of your own, and name it by dotted path. Its arguments with a default are
+its options. Before a run is spent on it, attack it: `posttrain attack-reward my_rewards.short`.
 """
 
-import difflib
+import asyncio
 import importlib
 import os
 import sys
@@ -16,18 +18,68 @@ from collections.abc import Callable
 
 from posttrain.data.tiny import utility_reward
 from posttrain.errors import UserError
+from posttrain.rewards.code import code_reward
+from posttrain.rewards.format import format_reward
+from posttrain.rewards.guard import Thread
+from posttrain.rewards.judge import judge_reward
+from posttrain.rewards.language import language_reward
+from posttrain.rewards.length import length_reward, overlong_reward
 from posttrain.rewards.math import correct
+from posttrain.rewards.model_by_name import model_reward
+from posttrain.rewards.model_by_name import reward_parents as reward_parents
+from posttrain.rewards.options import bind, nearest
+from posttrain.rewards.repetition import repetition_reward
 
 RewardFn = Callable[..., list[float | None]]
 
-REWARDS: dict[str, RewardFn] = {"correct": correct, "tiny_utility": utility_reward}
+REWARDS: dict[str, RewardFn] = {
+    "correct": correct,
+    "math": correct,
+    "format": format_reward,
+    "length": length_reward,
+    "overlong": overlong_reward,
+    "repetition": repetition_reward,
+    "language": language_reward,
+    "code": code_reward,
+    "model": model_reward,
+    "judge": judge_reward,
+    "tiny_utility": utility_reward,
+}
+TRIED = ("format", "length", "overlong", "repetition", "language", "code", "model", "judge")
 
 
-def load_rewards(names: list[str], weights: list[float]) -> list[tuple[str, RewardFn, float]]:
-    """[(name, function, weight)]; no weights means 1 for each."""
+def load_rewards(
+    names: list[str], weights: list[float], options: dict[str, dict] | None = None
+) -> list[tuple[str, RewardFn, float]]:
+    """[(name, function, weight)]; no weights means 1 for each. `options`: name -> {keyword: value}.
+
+    Raises:
+        UserError: a name that is unknown or stands there twice; options of a reward that is not among the names; a
+            keyword the reward does not have, with the nearest one; a value out of its range.
+    """
+    options = options or {}
+    for name in options:
+        if name not in names:
+            raise UserError(
+                f"reward_options: {name!r} is none of reward_funcs ({', '.join(names)}){nearest(name, names)}"
+            )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"reward_funcs: {twice[0]!r} stands there twice; give it the sum of its weights")
     return [
-        (name, load_reward(name), weight) for name, weight in zip(names, weights or [1.0] * len(names), strict=True)
+        (name, _with_options(name, options.get(name)), weight)
+        for name, weight in zip(names, weights or [1.0] * len(names), strict=True)
     ]
+
+
+def _with_options(name: str, given: dict | None) -> RewardFn:
+    """The reward with its options; those of ours are tried on an empty batch, which shows at once what is wrong."""
+    function = load_reward(name)
+    bound = function if given is None else bind(name, function, given)
+    if name in TRIED:
+        values = bound(prompts=[], completions=[], completion_ids=[], prompt_ids=[], tests=[])
+        if asyncio.iscoroutine(values):
+            Thread(lambda: asyncio.run(values)).result(None)  # where an event loop runs already (a notebook), too
+    return bound
 
 
 def load_reward(name: str) -> RewardFn:
@@ -42,7 +94,7 @@ def load_reward(name: str) -> RewardFn:
         return REWARDS[name]
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
-        raise UserError(f"reward {name!r}: unknown{_nearest(name, REWARDS)}; known: {', '.join(sorted(REWARDS))}")
+        raise UserError(f"reward {name!r}: unknown{nearest(name, REWARDS)}; known: {', '.join(sorted(REWARDS))}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -51,17 +103,12 @@ def load_reward(name: str) -> RewardFn:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the user's module was found, but something it imports was not: its traceback says where
         raise UserError(
-            f"reward {name!r}: no module {error.name!r}{_nearest(name, REWARDS)}; a dotted path is "
+            f"reward {name!r}: no module {error.name!r}{nearest(name, REWARDS)}; a dotted path is "
             f"package.module.function, found from the working directory {os.getcwd()} or PYTHONPATH"
         ) from None
     if attribute not in vars(module):
-        raise UserError(f"reward {name!r}: no {attribute!r} in {module_name}{_nearest(attribute, vars(module))}")
+        raise UserError(f"reward {name!r}: no {attribute!r} in {module_name}{nearest(attribute, vars(module))}")
     function = vars(module)[attribute]
     if not callable(function):
         raise UserError(f"reward {name!r}: its type is {type(function).__name__}, expected a function")
     return function
-
-
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

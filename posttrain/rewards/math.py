@@ -5,22 +5,19 @@ Out: one score a completion. In a YAML: `rewards: [correct]`.
 
 One candidate is read from a completion, never several, so listing many answers gains nothing. Where the gold is a
 number, the candidate must be a number written out: echoing the question's "12+34" is not an answer. Everything else
-is parsed by math-verify, after bounds on length, exponents and commands that keep SymPy's work small, and compared
-by value. Its `verify` is not used: that calls SymPy's `simplify`, which on \log(x+y)z - 999999999999 does not come
-back, and its time-outs need signals, which exist on the main thread only (elsewhere every answer turns out wrong).
+passes bounds on length, exponents and commands that keep SymPy's work small, and is then compared by value in a
+process of its own (posttrain/rewards/symbolic.py).
 """
 
-import cmath
-import logging
 import re
-import zlib
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
 from posttrain.errors import UserError
+from posttrain.rewards.symbolic import same_value
+from posttrain.rewards.text import reply_text
 
 # What a box or an answer line may hold; longer is not an answer. Digits: beyond it int() itself gets slow.
 MAX_CHARS = 200
@@ -42,11 +39,17 @@ FRACTION = re.compile(
 )
 OPERATOR_BEFORE = re.compile(r"[-+*/^({]\s*$|\\")
 OPERATOR_AFTER = re.compile(r"\s*(?:[*/^\\!({]|[-+]\s*[0-9A-Za-z.(\\])|[A-Za-z](?![A-Za-z])")
+# More than one number on offer: "72 or 73", "72, 73", "72 73", "72 to 80" (but not "72 apples in 2 months").
+LISTED = re.compile(
+    r"[\s*$%)]*(?:[A-Za-z]+\s+)?(?:[,;&|~±]|\.\.+|…|\b(?:or|and|to|through)\b)?\s*"
+    r"(?:(?:or|and|maybe|perhaps|possibly|even)\s+)*[-+$*~(]*[0-9]"
+)
+HEDGED_BEFORE = re.compile(r"\b(?:not|either|neither|between)\b", re.IGNORECASE)
+HEDGED_LAST = re.compile(r"[0-9][^0-9\n.]{0,40}\bor\b(?!\s+rather)[^0-9\n.]{0,20}$", re.IGNORECASE)
 ASSIGNED = re.compile(r"^\s*[A-Za-z]\s*(?:=|\\in\b)\s*")
 WORDS = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 COMMANDS = {"frac", "sqrt", "pi", "cdot", "times", "infty", "cup", "cap", "pm", "sin", "cos", "tan", "log", "ln"}
 COMMANDS |= {"begin", "end"}  # of a matrix
-POINTS = (0.7310585, -1.6180339, 2.2360679)  # of no special value; one negative, as sqrt(x^2) is not x
 SIGNS = str.maketrans(
     {"−": "-", "×": "*", "÷": "/", "°": "", "€": "", "£": "", "¥": "", "π": r"\pi ", "∞": r"\infty "}
 )
@@ -73,9 +76,7 @@ def correct(prompts, completions, completion_ids=None, *, answer, **columns) -> 
         if gold in ("", "nan", "NaN"):
             raise UserError(f"column 'answer', row {row} of the batch: {gold!r}; expected an answer, or null for none")
         gold = marked_answer(gold) or gold
-        if not isinstance(completion, str):
-            completion = (completion[-1]["content"] or "") if completion else ""
-        scores.append(float(is_correct(completion, gold)))
+        scores.append(float(is_correct(reply_text(completion), gold)))
     return scores
 
 
@@ -93,8 +94,11 @@ def is_correct(completion: str, gold: str) -> bool:
         return False  # a box that never closes: the reply was cut off in its answer
     if target is None:
         return _same_expression(completion.strip().rpartition("\n")[2], gold)
-    numbers = list(NUMBER.finditer(_plain(completion)))
-    found = _read(numbers[-1]) if numbers else None
+    text = _plain(completion)
+    numbers = list(NUMBER.finditer(text))
+    if not numbers or HEDGED_LAST.search(text[max(0, numbers[-1].start() - MAX_CHARS) : numbers[-1].start()]):
+        return False
+    found = _read(numbers[-1])
     return found is not None and found.equals(target)
 
 
@@ -140,7 +144,8 @@ class Number:
 def parse_number(text: str, *, whole: bool) -> Number | None:
     """Return the first number of an answer (after its last "=", with or without unit), None where it holds none.
 
-    An expression to be worked out ("12+34", "3^2", "2\\pi") is no number. With `whole`, neither are two numbers.
+    An expression to be worked out ("12+34", "3^2", "2\\pi") is no number, nor are several on offer ("72 or 73"). With
+    `whole`, two numbers are none, whatever stands between them.
     """
     if len(text) > MAX_CHARS:
         return None
@@ -149,6 +154,8 @@ def parse_number(text: str, *, whole: bool) -> Number | None:
     if first is None or OPERATOR_BEFORE.search(text[: first.start()]) or OPERATOR_AFTER.match(text, first.end()):
         return None
     if whole and re.search(r"[0-9\\<>]", text[: first.start()] + text[first.end() :]):
+        return None
+    if HEDGED_BEFORE.search(text, 0, first.start()) or LISTED.match(text, first.end()):
         return None
     return _read(first)
 
@@ -205,8 +212,7 @@ def _same_expression(candidate: str, gold: str) -> bool:
     # The value of an expression is compared at chosen points, so both must be in the same unknowns.
     if _unknowns(candidate) != _unknowns(gold) or not (_is_small(candidate) and _is_small(gold)):
         return False
-    ours, theirs = _parse(candidate), _parse(gold)
-    return ours is not None and theirs is not None and _same_value(ours, theirs)
+    return same_value(candidate, gold)
 
 
 def _undress(text: str) -> str:
@@ -241,59 +247,3 @@ def _is_small(text: str) -> bool:
         and stacked <= MAX_POWER
         and not re.search(r"[!<>=%]|\*\*|[0-9]\s+[0-9]", text)  # "1 2 3" would be read as a mixed number, a sum
     )
-
-
-@lru_cache(maxsize=4096)
-def _parse(latex: str):
-    """Return the SymPy object that the LaTeX stands for, not worked out; None where it is not readable."""
-    from math_verify import LatexExtractionConfig, parse
-
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-out is off: meant, see the top
-    parsed = parse(f"${latex}$", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
-    return parsed[0] if parsed else None
-
-
-def _same_value(a, b) -> bool:
-    """Compare SymPy objects: numbers and formulas by value at POINTS, sets without order, all else part by part."""
-    import sympy
-
-    if a == b:
-        return True
-    if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
-        return a.shape == b.shape and all(map(_same_value, a.flat(), b.flat()))
-    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
-        try:
-            pairs = [(_at(a, point), _at(b, point)) for point in POINTS]
-        except (OverflowError, ZeroDivisionError, ValueError, TypeError):
-            return False  # no finite value, or a function not known here
-        return all(cmath.isclose(x, y, rel_tol=1e-9) for x, y in pairs)
-    if not (isinstance(a, sympy.Basic) and isinstance(b, sympy.Basic)) or len(a.args) != len(b.args) or not a.args:
-        return False
-    if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
-        return all(any(_same_value(x, y) for y in b.args) for x in a.args) and all(
-            any(_same_value(x, y) for x in a.args) for y in b.args
-        )
-    return a.func == b.func and all(map(_same_value, a.args, b.args))
-
-
-def _at(expression, point: float) -> complex:
-    """Return the value of a SymPy expression in floating point, with the unknowns at values derived from `point`."""
-    import sympy
-
-    if isinstance(expression, sympy.Symbol):
-        return complex(point + zlib.crc32(expression.name.encode()) / 2**32)
-    if isinstance(expression, sympy.Number | sympy.NumberSymbol):
-        return complex(float(expression))
-    if expression == sympy.I:
-        return 1j
-    values = [_at(part, point) for part in expression.args]
-    if isinstance(expression, sympy.Add):
-        return sum(values)
-    if isinstance(expression, sympy.Mul):
-        return prod(values)
-    if isinstance(expression, sympy.Pow):
-        return values[0] ** values[1]
-    name = type(expression).__name__
-    if name not in ("sin", "cos", "tan", "log", "exp"):
-        raise TypeError(f"no numeric value for {name}")
-    return getattr(cmath, name)(*values)

@@ -1,52 +1,36 @@
 """Call reward functions on rollouts and add them up. In: `[(name, function, weight)]`, rollouts. Out: (N,) rewards."""
 
-import math
-from typing import SupportsFloat
-
 import torch
 
-from posttrain.chat import decode
+from posttrain.chat import decode, stop_ids
 from posttrain.errors import UserError
+from posttrain.rewards.calls import run_rewards
 from posttrain.rl.types import Experience, Rollouts
 
-OURS = ("prompt", "prompts", "completions", "completion_ids")  # a data row's columns may not take their place
+# A data row's columns may not take the place of these.
+OURS = ("prompt", "prompts", "completions", "completion_ids", "completion_mask", "prompt_ids")
 
 
-def call_rewards(rewards, rollouts: Rollouts, tokenizer) -> dict[str, list[float | None]]:
+def call_rewards(
+    rewards, rollouts: Rollouts, tokenizer, timeout: float | None = None
+) -> dict[str, list[float | None]]:
     """name -> N rewards. A function gets TRL's arguments: prompts, completions, completion_ids, and the rows' columns.
 
-    `prompt_ids` comes as one more column, for functions that read tokens. Raises UserError naming function and row
-    where a function raises, returns another number of values, or a value that is no finite number or None.
+    Two more columns are for functions that read tokens: `prompt_ids`, and `completion_mask`, 0 where a token is a
+    tool's and not the model's; the text of a completion holds both. `timeout`: seconds for each function. Raises
+    UserError as `rewards.calls.run_rewards` does.
     """
-    completions = [decode(tokenizer, c.ids) for c in rollouts.completions]
-    columns = {key: [row.get(key) for row in rollouts.rows] for key in rollouts.rows[0] if key not in OURS}
+    stops = stop_ids(tokenizer)
+    names = dict.fromkeys(key for row in rollouts.rows for key in row if key not in OURS)
     arguments = {
         "prompts": [row.get("prompt") for row in rollouts.rows],
-        "completions": completions,
+        "completions": [decode(tokenizer, c.ids, stops) for c in rollouts.completions],
         "completion_ids": [c.ids for c in rollouts.completions],
-        **columns,
+        **{key: [row.get(key) for row in rollouts.rows] for key in names},
         "prompt_ids": rollouts.prompt_ids,
+        "completion_mask": [[1] * len(c.ids) if c.mask is None else c.mask for c in rollouts.completions],
     }
-    result = {}
-    for name, function, _ in rewards:
-        try:
-            values = list(function(**arguments))
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"reward function {name!r} raised {type(error).__name__}: {error}") from error
-        if len(values) != len(completions):
-            raise UserError(
-                f"reward function {name!r} returned {len(values)} values for {len(completions)} completions"
-            )
-        for index, value in enumerate(values):
-            if value is not None and not (isinstance(value, SupportsFloat) and math.isfinite(value)):
-                raise UserError(
-                    f"reward function {name!r} returned {value!r} for row {_row(rollouts, index)}, expected a finite "
-                    f"number or None: {completions[index][:80]!r}"
-                )
-        result[name] = [None if value is None else float(value) for value in values]
-    return result
+    return run_rewards(rewards, arguments, [_row(rollouts, i) for i in range(len(rollouts.rows))], timeout)
 
 
 def _row(rollouts: Rollouts, index: int) -> int:
