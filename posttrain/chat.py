@@ -213,9 +213,10 @@ def _opens_texts_only(tokenizer, added: dict) -> bool:
     return _ids(tokenizer, f"{next(iter(added))}a")[1:] != _ids(tokenizer, "a")
 
 
-def decode(tokenizer, ids: list[int]) -> str:
-    """A completion's text without its end token; other special tokens stay visible, since they are a defect."""
-    ids, stops = list(ids), stop_ids(tokenizer)
+def decode(tokenizer, ids: list[int], stops=None) -> str:
+    """A completion's text without its end token; other special tokens stay visible, since they are a defect. `stops`:
+    `stop_ids(tokenizer)`, which renders the template, for who decodes many."""
+    ids, stops = list(ids), stop_ids(tokenizer) if stops is None else stops
     while ids and ids[-1] in stops:
         ids.pop()
     return tokenizer.decode(ids, skip_special_tokens=False)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from posttrain.sharding import fill, full
+
 BEST = "best.safetensors"
 
 
@@ -27,16 +29,15 @@ class EarlyStopping:
         """Note the validation loss at `step`; a new best keeps a copy of the trained weights in memory."""
         if loss < self.best:
             self.best, self.best_step, self.stale = loss, step, 0
-            self.weights = {name: p.detach().to("cpu", copy=True) for name, p in trained(self.model).items()}
+            self.weights = {name: full(p).to("cpu", copy=True) for name, p in trained(self.model).items()}
         else:
             self.stale += 1
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Give the model its best weights; none were seen where training was shorter than an evaluation's turn."""
         for name, parameter in trained(self.model).items():
             if name in self.weights:
-                parameter.copy_(self.weights[name])
+                fill(parameter, self.weights[name])
 
     def state(self) -> dict:
         return {"best": self.best, "best_step": self.best_step, "stale": self.stale}

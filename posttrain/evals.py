@@ -12,8 +12,8 @@ from posttrain.chat import decode, encode_chat
 from posttrain.data import DataConfig, check, check_leaks, load_rows, separate
 from posttrain.errors import UserError
 from posttrain.intervals import clearly_higher, gain, measured, pass_at_k
-from posttrain.rewards import load_reward
-from posttrain.rl.rollout import Sampling, model_logps
+from posttrain.rewards import load_rewards
+from posttrain.rl.rollout import Sampling
 from posttrain.rl.scoring import call_rewards
 from posttrain.rl.types import Rollouts
 
@@ -43,6 +43,7 @@ class ReplyConfig:
     eval_reward_funcs: list[str] = arg(
         ["correct"], help="reward functions that judge replies; the first one is the gain's"
     )
+    eval_reward_options: dict = arg({}, help="their keywords by name, as reward_options")
     eval_num_generations: int = arg(8, help="replies sampled for each held-out prompt, at temperature 1")
     eval_max_tokens: int = arg(64, help="replies are cut at so many tokens")
     eval_prefixes: dict = arg({}, help="label -> words that the reply is made to begin with (tokens to think)")
@@ -110,13 +111,13 @@ def by_prompt(values: list[float], n: int) -> list[list[float]]:
     return [values[i : i + n] for i in range(0, len(values), n)]
 
 
-def judge(rollouts: Rollouts, tokenizer, names: list[str], more=()) -> dict[str, dict]:
+def judge(rollouts: Rollouts, tokenizer, config: ReplyConfig, more=()) -> dict[str, dict]:
     """Metrics of sampled replies: each reward's mean, pass@1 and pass@n for `correct`, length, share that ended.
 
     `more` holds reward functions that have no name to load by, as (name, function, weight).
     A prompt is one observation (its n replies are not independent), so intervals are over prompts.
     """
-    rewards = [*((name, load_reward(name), 1.0) for name in names), *more]
+    rewards = [*load_rewards(config.eval_reward_funcs, [], config.eval_reward_options), *more]
     metrics, n = {}, rollouts.num_generations
     for name, values in call_rewards(rewards, rollouts, tokenizer).items():
         groups = by_prompt([v for v in values if v is not None], n)
@@ -133,28 +134,19 @@ def judge(rollouts: Rollouts, tokenizer, names: list[str], more=()) -> dict[str,
 
 
 def measure_replies(
-    engine, tokenizer, rows, config: ReplyConfig, stop_ids, more=(), models=None
+    engine, tokenizer, rows, config: ReplyConfig, stop_ids, more=(), reply_kl=None
 ) -> tuple[dict, list[dict]]:
     """(metrics, samples for the report); with eval_prefixes also the metrics of replies made to begin so, with
-    `models` = (policy, reference) also the KL between them on the sampled replies."""
+    `reply_kl(rollouts)`, log pi - log ref of each reply in nats, also the KL to where the stage began."""
     rollouts = sample_replies(engine, tokenizer, rows, config, stop_ids)
-    metrics = judge(rollouts, tokenizer, config.eval_reward_funcs, more)
-    if models is not None:
-        metrics["KL to the start"] = measured_kl(rollouts, *models)
+    metrics = judge(rollouts, tokenizer, config, more)
+    if reply_kl is not None:
+        gaps = by_prompt(reply_kl(rollouts), rollouts.num_generations)
+        metrics["KL to the start"] = measured([sum(g) / len(g) for g in gaps], "nats")
     for label, prefix in config.eval_prefixes.items():
-        forced = judge(
-            sample_replies(engine, tokenizer, rows, config, stop_ids, prefix), tokenizer, config.eval_reward_funcs
-        )
+        forced = judge(sample_replies(engine, tokenizer, rows, config, stop_ids, prefix), tokenizer, config)
         metrics |= {f"{name}, {label}": value for name, value in forced.items() if name != "replies that end"}
     return metrics, rollouts_as_samples(rollouts, tokenizer, config.eval_num_samples)
-
-
-def measured_kl(rollouts: Rollouts, policy, reference) -> dict:
-    """KL(policy, reference) a reply in nats: mean over its samples of log pi - log ref, summed over tokens."""
-    completions, n = [c.ids for c in rollouts.completions], rollouts.num_generations
-    both = (model_logps(model, rollouts.prompt_ids, completions, 1.0) for model in (policy, reference))
-    gaps = [(a.sum() - b.sum()).item() for a, b in zip(*both, strict=True)]
-    return measured([sum(g) / n for g in by_prompt(gaps, n)], "nats")
 
 
 def measure_base(engine, tokenizer, rows, config: ReplyConfig, stop_ids) -> tuple[dict, list[dict]]:
@@ -163,12 +155,10 @@ def measure_base(engine, tokenizer, rows, config: ReplyConfig, stop_ids) -> tupl
     examples = all("few_shot" in row for row in rows)
     once = replace(config, eval_num_generations=1)  # replies that never end are long: one a prompt says as much
     chat = sample_replies(engine, tokenizer, rows, once if examples else config, stop_ids)
-    metrics = judge(chat, tokenizer, config.eval_reward_funcs)
+    metrics = judge(chat, tokenizer, config)
     if examples:
         n, size = config.eval_num_generations, config.eval_max_tokens
-        shots = judge(
-            sample_after_examples(engine, tokenizer, rows, n, size, EVAL_SEED), tokenizer, config.eval_reward_funcs
-        )
+        shots = judge(sample_after_examples(engine, tokenizer, rows, n, size, EVAL_SEED), tokenizer, config)
         metrics = shots | {"replies that end": metrics["replies that end"]}
     return metrics, rollouts_as_samples(chat, tokenizer, config.eval_num_samples)
 

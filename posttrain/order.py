@@ -9,7 +9,12 @@ def shuffled_indices(step: int, num: int, size: int, seed: int) -> list[int]:
 
     Every row comes once before any comes again; nothing is skipped or repeated by an interruption.
     """
-    positions = range(step * num, (step + 1) * num)
+    return taken_indices(step * num, num, size, seed)
+
+
+def taken_indices(start: int, num: int, size: int, seed: int) -> list[int]:
+    """`num` rows from place `start` of that endless row."""
+    positions = range(start, start + num)
     return [_order(position // size, size, seed)[position % size] for position in positions]
 
 

@@ -14,6 +14,7 @@ from posttrain.errors import UserError
 from posttrain.models import require_positions
 from posttrain.order import shuffled_indices
 from posttrain.progress import Progress
+from posttrain.sharding import full_state, load_full_state, unshard
 from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
 
 
@@ -62,9 +63,9 @@ def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainCo
     step, rank, world = 0, accelerator.process_index, accelerator.num_processes
     require_multiple(config, "batch_size", world)
     if stage.resume_folder is not None:
-        from safetensors.torch import load_model
+        from safetensors.torch import load_file
 
-        load_model(model, stage.resume_folder / "model.safetensors")
+        load_full_state(model, load_file(stage.resume_folder / "model.safetensors"))
         state = read_state(stage.resume_folder)
         updater.load_state(state["updater"])
         step = state["step"]
@@ -88,11 +89,13 @@ def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainCo
             if step % stage.config["logging_steps"] == 0 or step == config.max_steps:
                 stage.log(step, **numbers, tokens=step * tokens_a_step)
             if stage.due(step, config.max_steps):
-                stage.save(step, lambda folder, step=step: _write(folder, model, updater, step))
+                weights, parts = full_state(model), {"updater": updater.state(), "step": step}
+                stage.save(step, lambda folder, kept=(weights, parts): _write(folder, model, *kept))
     progress.close()
+    unshard(updater.model)
     return step * tokens_a_step
 
 
-def _write(folder, model, updater: Updater, step: int) -> None:
-    model.save_pretrained(folder)
-    write_state(folder, updater=updater.state(), step=step)
+def _write(folder, model, weights: dict, parts: dict) -> None:
+    model.save_pretrained(folder, state_dict=weights)
+    write_state(folder, **parts)

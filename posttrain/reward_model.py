@@ -23,6 +23,7 @@ from posttrain.progress import Progress
 from posttrain.ranking_forward import SequenceScores
 from posttrain.ranking_losses import LOSS_FUNCTIONS, TIES, RankingLoss
 from posttrain.ranking_rows import Ranking
+from posttrain.sharding import fill, full_trained, gathered, unshard
 from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
 
 
@@ -168,14 +169,17 @@ def train(
             step += 1
             progress.update(loss=numbers["loss"])
             if config.eval_steps and validation and (step % config.eval_steps == 0 or step == config.max_steps):
-                numbers["eval_loss"] = mean_loss(model, validation, layout, accelerator, config)
+                with gathered(updater.model):
+                    numbers["eval_loss"] = mean_loss(model, validation, layout, accelerator, config)
                 stopper.see(step, numbers["eval_loss"])
             if step % stage.config["logging_steps"] == 0 or step == config.max_steps or "eval_loss" in numbers:
                 stage.log(step, **numbers, tokens=tokens)
             if stage.due(step, step if stopper.done else config.max_steps):
                 parts = {"updater": updater.state(), "step": step, "tokens": tokens, "stopping": stopper.state()}
-                stage.save(step, lambda folder, parts=parts: _write(folder, model, stopper, parts))
+                weights = full_trained(model)
+                stage.save(step, lambda folder, kept=(weights, parts): _write(folder, stopper, *kept))
     progress.close()
+    unshard(updater.model)
     stopper.restore()
     if stopper.done:
         stage.note(f"stopped at step {step}: the validation loss was lowest at step {stopper.best_step}")
@@ -205,10 +209,10 @@ def mean_loss(model, rankings: list[Ranking], layout: Layout, accelerator, confi
     return accelerator.reduce(total, "sum").item() / len(rankings)
 
 
-def _write(folder, model, stopper: EarlyStopping, parts: dict) -> None:
+def _write(folder, stopper: EarlyStopping, weights: dict, parts: dict) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: p.detach().contiguous() for name, p in trained(model).items()}, folder / "model.safetensors")
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
     stopper.save(folder)
     write_state(folder, **parts)
 
@@ -217,9 +221,8 @@ def _resume(stage, model, updater: Updater, stopper: EarlyStopping) -> tuple[int
     from safetensors.torch import load_file
 
     weights = load_file(stage.resume_folder / "model.safetensors")
-    with torch.no_grad():
-        for name, parameter in trained(model).items():
-            parameter.copy_(weights[name])
+    for name, parameter in trained(model).items():
+        fill(parameter, weights[name])
     state = read_state(stage.resume_folder)
     updater.load_state(state["updater"])
     stopper.load(stage.resume_folder, state["stopping"])

@@ -18,6 +18,7 @@ from posttrain.args import arg, at_least
 from posttrain.errors import UserError
 from posttrain.progress import Progress
 from posttrain.sft_rows import collate, pack_rows, single_rows
+from posttrain.sharding import refuse_shards
 from posttrain.training import OptimConfig
 
 TRAINER_SCHEDULES = {
@@ -49,6 +50,7 @@ class SFTConfig:
     liger_kernel_config: dict = arg({}, help="which of them, as transformers names them, e.g. {rms_norm: false}")
 
     def __post_init__(self):
+        refuse_shards("sft", "TRL's Trainer saves whole models only")
         self.use_liger_kernel = str(self.use_liger_kernel).lower()
         if self.use_liger_kernel not in ("auto", "true", "false"):
             raise UserError(f"use_liger_kernel: found {self.use_liger_kernel!r}, expected auto, true or false")

@@ -17,10 +17,11 @@ from posttrain.errors import UserError
 from posttrain.evals import ReplyConfig
 from posttrain.identity_eval import identity_gains, longest_prompt, measure_identity
 from posttrain.intervals import gain, measured_ratio
+from posttrain.layouts import Layout
 from posttrain.models import require_positions
-from posttrain.packing import by_tokens, pack
-from posttrain.rl.logprobs import TokenLogps
+from posttrain.rl.forward import rollout_logps
 from posttrain.rl.rollout import EngineConfig, make_engine
+from posttrain.rl.types import Completion, Rollouts
 from posttrain.sft_rows import encode_rows
 
 CHAT_STAGES = ("sft", "ppo", "grpo")
@@ -114,32 +115,22 @@ def _load_streamed(data: DataConfig, held_out: evals.EvalConfig, config: WatchCo
     return stream, test, unseen, [stream.description(), description, *more]
 
 
-@torch.no_grad()
 def supervised_losses(
     model, encoded: list[dict], *, packing: bool = True, max_tokens: int = 8192
 ) -> tuple[list[float], list[int]]:
     """(-log p in nats, tokens) of each conversation, summed over what the assistant wrote; rows of `encode_rows`.
-    Without `packing` each runs alone: some models do not keep packed sequences apart."""
-    was_training, scorer = model.training, TokenLogps(model)
+    Without `packing` they are padded: some models do not keep packed sequences apart."""
+    was_training = model.training
     model.eval()
-    sums, counts = [0.0] * len(encoded), [0] * len(encoded)
-    lengths = [len(row["input_ids"]) for row in encoded]
-    for batch in by_tokens(lengths, max_tokens) if packing else [[index] for index in range(len(encoded))]:
-        sequences = [encoded[i]["input_ids"] for i in batch]
-        packed = pack(sequences, max(map(len, sequences)))
-        select, targets, sizes = [], [], []
-        for index, start in zip(batch, packed.starts, strict=True):
-            learned = [(start + i - 1, label) for i, label in enumerate(encoded[index]["labels"]) if label != -100]
-            select += [place for place, _ in learned]
-            targets += [label for _, label in learned]
-            sizes.append(len(learned))
-        packed = packed.to(model.device)
-        chosen = torch.tensor(select, device=model.device), torch.tensor(targets, device=model.device)
-        logps, _ = scorer(packed.input_ids, packed.position_ids, *chosen, 1.0)
-        for index, piece in zip(batch, logps.cpu().split(sizes), strict=True):
-            sums[index], counts[index] = -piece.sum().item(), len(piece)
+    conversations = [
+        Completion(row["input_ids"][1:], [], "stop", [int(label != -100) for label in row["labels"][1:]])
+        for row in encoded
+    ]
+    rollouts = Rollouts(encoded, [row["input_ids"][:1] for row in encoded], conversations, 1)
+    layout = Layout("packed" if packing else "padded")
+    logps = rollout_logps(model, rollouts, layout, temperature=1.0, max_tokens=max_tokens)
     model.train(was_training)
-    return sums, counts
+    return [-piece.sum().item() for piece in logps], [len(piece) for piece in logps]
 
 
 def start_of(run, test: list[dict]) -> str:
@@ -191,7 +182,7 @@ class Watch:
             rows = self.test[: self.replies.eval_num_samples]
             if rows:
                 rollouts = evals.sample_replies(self.engine, self.tokenizer, rows, once, self.stops)
-                found = evals.judge(rollouts, self.tokenizer, self.replies.eval_reward_funcs)
+                found = evals.judge(rollouts, self.tokenizer, self.replies)
                 numbers |= {f"sampled/{name}": figure["value"] for name, figure in found.items()}
                 samples = evals.rollouts_as_samples(rollouts, self.tokenizer, len(rows))
                 self.run.append("samples.jsonl", [{"step": step, **sample} for sample in samples])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from posttrain import args, checkpoint, yaml_file
+from posttrain import args, checkpoint, trackers, yaml_file
 from posttrain.args import arg
 from posttrain.conditions import known
 from posttrain.errors import UserError
@@ -26,6 +26,7 @@ from posttrain.provenance import file_sha256s, git_commit, machine, versions
 
 # Keys that change what is printed or kept, never what is computed: a resumed or finished stage may differ in them.
 FREE_KEYS = {"output_dir", "resume", "overwrite", "logging_steps", "save_total_limit", "keep_checkpoints"}
+FREE_KEYS |= {"report_to", "run_name", "tracker_project"}
 RUN, STAGE, CONFIG, LOG = "run.json", "stage.json", "config.yaml", "log.jsonl"
 
 
@@ -44,8 +45,12 @@ class StageConfig:
     keep_checkpoints: bool = arg(False, help="keep checkpoints/ after the stage has finished")
     logging_steps: int = arg(10, help="a line in log.jsonl every so many steps")
     allow: list[str] = arg([], help="conditions of the gate that may pass; `posttrain inspect` names them")
+    report_to: list[str] = arg(["none"], help="beside log.jsonl: none, or some of trackio, wandb, tensorboard")
+    run_name: str | None = arg(None, help="the run's name in these trackers; none = from output_dir")
+    tracker_project: str = arg("posttrain", help="the project's name in these trackers")
 
     def __post_init__(self):
+        trackers.chosen(self.report_to)
         if self.resume not in ("auto", "must", "never"):
             raise UserError(f"resume: found {self.resume!r}, expected auto, must or never")
         args.at_least(self, save_steps=0, save_total_limit=1, logging_steps=1)
@@ -120,7 +125,10 @@ class Stage:
         self.started, self.elapsed_before = time.monotonic(), 0.0
         self.signal: int | None = None
         self.gate: dict | None = None  # what posttrain.gate checked, and what it found and was allowed to pass
-        self._deferring = False
+        self.processes = ""  # how many there are, where, and how they share the model
+        self.trackers: trackers.Trackers | None = None
+        self._several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._deferring, self._agreed = False, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -140,18 +148,30 @@ class Stage:
         self._deferring = True
         try:
             yield
+            self._agree()
         finally:
             self._deferring = False
-        if self.signal is not None:
-            raise SystemExit(128 + self.signal)
+        if self.stopping:
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))
 
     @property
     def stopping(self) -> bool:
-        return self.signal is not None
+        """Whether a signal came: to any of several processes, when all of them last asked `due`."""
+        return self._agreed or (self.signal is not None and not self._several)
+
+    def _agree(self) -> None:
+        if self._several:
+            import accelerate
+            import torch
+
+            flag = torch.tensor([self.signal is not None], dtype=torch.int32, device=accelerate.PartialState().device)
+            self._agreed = bool(accelerate.utils.gather(flag).any())
 
     def due(self, step: int, last: int) -> bool:
         """Whether a checkpoint belongs after `step` of `last`: every save_steps and after the last one, since what
-        follows (evaluation) can be interrupted too; and when a signal came."""
+        follows (evaluation) can be interrupted too; and when a signal came. Every process asks, and all get the same
+        answer: one that left the loop alone would leave the others waiting for its gradients."""
+        self._agree()
         every = self.config["save_steps"]
         return self.stopping or (every > 0 and (step % every == 0 or step == last))
 
@@ -161,6 +181,8 @@ class Stage:
             line = {"step": step, "time": round(self.elapsed, 3), **numbers}
             with open(self.output_dir / LOG, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+            if self.trackers is not None:
+                self.trackers.log(step, numbers)
 
     def note(self, text: str) -> None:
         """One plain line for the user, from the main process."""
@@ -207,7 +229,7 @@ class Stage:
             "config": self.config,
             "git_commit": git_commit(),
             "versions": versions(),
-            "machine": machine(),
+            "machine": {**machine(), "processes": self.processes},
             "metrics": metrics,
             "gains": list(gains),
             "samples": list(samples),
@@ -217,6 +239,8 @@ class Stage:
             **facts,
             "files": files,
         }
+        if self.trackers is not None:
+            self.trackers.close()
         checkpoint.write_json(self.output_dir / STAGE, manifest)
         (self.output_dir / RUN).unlink(missing_ok=True)
         if not self.config["keep_checkpoints"]:
@@ -232,10 +256,14 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     import accelerate
     import transformers
 
+    from posttrain import sharding
+
     transformers.utils.logging.disable_progress_bar()  # loading and saving take a moment; training has a bar of ours
-    process = _processes()
+    process = sharding.processes()
     config = args.resolved(*configs)
+    trackers.require_installed(trackers.chosen(config["report_to"]))
     stage = Stage(name, config, describe_parents(parents), data, process.is_main_process)
+    stage.processes = sharding.describe(process)
     for path in parents.values():
         checkpoint.verify(Path(path), (read_manifest(path) or {}).get("files", {}))
     found = _look(stage)
@@ -249,32 +277,24 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     process.wait_for_everyone()
     if found == "resume":
         _resume(stage)
+    if stage.main and trackers.chosen(config["report_to"]):
+        step = checkpoint.read_manifest(stage.resume_folder)["step"] if stage.resume_folder else 0
+        stage.trackers = trackers.Trackers(config, stage.output_dir, name, step)
+    stage.note(stage.processes)
     accelerate.utils.set_seed(config["seed"])
     return stage
 
 
-def _processes():
-    """Accelerate's view of the processes of this run. UserError where it sees fewer than were launched: each would
-    train alone, into the same folder."""
-    import accelerate
-    from accelerate.utils import parse_flag_from_env
-
-    # `Accelerator()` reads this flag by itself, `PartialState()` does not, and whoever comes first decides.
-    process = accelerate.PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if process.num_processes != launched:
-        raise UserError(
-            f"{launched} processes were launched, but Accelerate runs {process.num_processes}: several processes "
-            "without a GPU each need ACCELERATE_USE_CPU=true in front of `accelerate launch --multi_gpu`"
-        )
-    return process
-
-
 def accelerator(bf16: bool):
-    """Accelerate's view of this run: device, processes, mixed precision."""
+    """Accelerate's view of this run: device, processes, mixed precision. UserError where its file wants another."""
     import accelerate
 
-    return accelerate.Accelerator(mixed_precision="bf16" if bf16 else "no")
+    precision, wanted = "bf16" if bf16 else "no", os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wanted not in ("no", precision):
+        raise UserError(
+            f"mixed_precision: Accelerate's file says {wanted}, the recipe bf16: {bf16}; the recipe decides"
+        )
+    return accelerate.Accelerator(mixed_precision=precision)
 
 
 def differences(old: dict, new: dict) -> list[str]:

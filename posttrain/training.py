@@ -6,11 +6,13 @@ numbers to log. A non-finite loss or gradient stops before the update and names 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from posttrain import sharding
 from posttrain.args import arg
 from posttrain.errors import UserError
 
@@ -63,39 +65,53 @@ def require_multiple(config, key: str, world: int) -> None:
 
 
 class Updater:
-    """AdamW over one model under Accelerate. `model` is the prepared module: call it, never the bare one, in a loss.
+    """AdamW over one model on all processes: whole on each (DDP), or sharded where FSDP2 was asked for. `model` is the
+    prepared module: call it, never the bare one, in a loss.
 
+    learning_rates: peak of parameters whose names begin so, e.g. {"value_head": 1e-4}; `learning_rate` for the rest.
     Whether dropout is on is the caller's choice: RL leaves the model in eval mode, since the engine has none either.
     """
 
-    def __init__(self, model: nn.Module, accelerator, config: OptimConfig, total_steps: int, learning_rate=None):
+    def __init__(
+        self, model: nn.Module, accelerator, config: OptimConfig, total_steps: int, learning_rate=None,
+        learning_rates: dict[str, float] | None = None,
+    ):  # fmt: skip
         self.accelerator, self.config, self.total_steps, self.updates = accelerator, config, total_steps, 0
         self.peak = config.learning_rate if learning_rate is None else learning_rate
-        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.peak, betas=(0.9, config.adam_beta2))
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.sharded = sharding.asked() == "fsdp2"
+        self.padding = False  # whether `loss_of` runs only to keep step with processes that have more micro-batches
+        if self.sharded:
+            sharding.shard(model, accelerator)
+        groups = parameter_groups(model, self.peak, config.weight_decay, learning_rates or {})
+        self.peaks = [group["lr"] for group in groups]
+        optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, config.adam_beta2))
+        # Accelerate prepares neither two models under FSDP2 nor any on CPUs; what it would add, `shard` has done.
+        self.model, self.optimizer = (model, optimizer) if self.sharded else accelerator.prepare(model, optimizer)
 
     def step(self, micro_batches: Sequence, loss_of: Callable, name_rows: Callable[[], str]) -> dict[str, float]:
         """One optimizer step. `loss_of(micro_batch)` returns that micro-batch's share of the step's loss.
 
         The shares of all micro-batches of all processes add up to the loss, so the gradient does not depend on how
-        rows fall into micro-batches or processes. Raises UserError (no update made) on a non-finite number.
+        rows fall into micro-batches or processes. The processes of a sharded model make equally many forwards: those
+        with fewer micro-batches run their last one again at weight 0, and `padding` is True meanwhile.
+        Raises UserError (no update made) on a non-finite number, on all processes alike.
         """
         factor = schedule(self.config.lr_scheduler_type, self.updates, self.total_steps, self.config.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.peak * factor
-        world, losses = self.accelerator.num_processes, []
-        for index, micro_batch in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            sync = nullcontext_or_no_sync(self.accelerator, self.model, last)
-            with sync:
-                loss = loss_of(micro_batch)
-                self.accelerator.backward(loss * world)  # DDP averages gradients; shares are to be summed
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        world, losses, count = self.accelerator.num_processes, [], len(micro_batches)
+        forwards = self._most(count)
+        for index in range(forwards):
+            self.padding = index >= count
+            with self._syncing(index == forwards - 1):
+                loss = loss_of(micro_batches[min(index, count - 1)])
+                if self.padding:
+                    loss = loss * 0
+                self.accelerator.backward(loss * world)  # gradients are averaged; shares are to be summed
             losses.append(loss.detach())
+        self.padding = False
         total = self.accelerator.reduce(torch.stack(losses).sum(), "sum")
-        norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+        norm = self._clip()
         if not (math.isfinite(total.item()) and math.isfinite(norm.item())):
             self.optimizer.zero_grad()
             raise UserError(
@@ -107,20 +123,54 @@ class Updater:
         self.updates += 1
         return {"loss": total.item(), "grad_norm": norm.item(), "learning_rate": self.peak * factor}
 
+    def _most(self, count: int) -> int:
+        """Forwards of this step: of a sharded model as many as the process with most micro-batches makes."""
+        if not self.sharded:
+            return count
+        counts = torch.tensor([count], device=self.accelerator.device)
+        return int(self.accelerator.gather(counts).max())
+
+    @contextmanager
+    def _syncing(self, last: bool):
+        """Gradients travel between processes once a step, with its last micro-batch."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+            yield
+        else:
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                yield
+
+    def _clip(self) -> torch.Tensor:
+        """Clip the gradient; returns the norm of all of it, wherever its parts are, before."""
+        if not self.sharded:
+            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            return torch.as_tensor(norm)
+        return sharding.full(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm))
+
     def state(self) -> dict:
-        """What a resumed run needs beside the weights."""
-        return {"optimizer": self.optimizer.state_dict(), "updates": self.updates}
+        """What a resumed run needs beside the weights. The main process has it; where sharded, all have to ask."""
+        return {"optimizer": sharding.optimizer_state(self.optimizer), "updates": self.updates}
 
     def load_state(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        """Take over what `state` gave, however many processes there were, sharded or not; each has all of it."""
+        sharding.load_optimizer_state(self.optimizer, state["optimizer"])
         self.updates = state["updates"]
 
 
-def nullcontext_or_no_sync(accelerator, model, last: bool):
-    """Gradients travel between processes once a step, with its last micro-batch."""
-    from contextlib import nullcontext
-
-    return nullcontext() if last else accelerator.no_sync(model)
+def parameter_groups(model: nn.Module, rate: float, weight_decay: float, rates: dict[str, float]) -> list[dict]:
+    """Groups for AdamW of what is trained: matrices decay, vectors do not; names that begin as a key of `rates` have
+    that peak learning rate. UserError where no parameter has such a name."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if lost := [prefix for prefix in rates if not any(name.startswith(prefix) for name, _ in named)]:
+        raise UserError(f"learning_rates: no trained parameter's name begins with {lost[0]!r}")
+    owners = [next((prefix for prefix in rates if name.startswith(prefix)), None) for name, _ in named]
+    groups = []
+    for prefix in (None, *rates):
+        own = [p for (_, p), owner in zip(named, owners, strict=True) if owner == prefix]
+        matrices, vectors = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
+        groups.append({"params": matrices, "weight_decay": weight_decay, "lr": rates.get(prefix, rate)})
+        groups.append({"params": vectors, "weight_decay": 0.0, "lr": rates.get(prefix, rate)})
+    return [group for group in groups if group["params"]]
 
 
 def rng_state() -> dict:

@@ -13,14 +13,16 @@ from rl_helpers import assert_same_gradients, gradients_of, signals_restored, st
 
 from posttrain import stage
 from posttrain.errors import UserError
+from posttrain.layouts import LAYOUTS
 from posttrain.lora import LoraArgs
 from posttrain.models import ModelConfig, save_pair
-from posttrain.ranking_forward import LAYOUTS, score_all
+from posttrain.ranking_forward import score_all
 from posttrain.ranking_losses import LOSS_FUNCTIONS, RankingLoss
 from posttrain.ranking_rows import Ranking
 from posttrain.reward_model import RewardConfig, init_head, prepare, split_validation, train
-from posttrain.rewards.model import RewardModelScore, load_critic, load_reward_model
+from posttrain.rewards.model import RewardModelScore, load_reward_model
 from posttrain.rl.config import PPOConfig
+from posttrain.rl.models import load_critic
 from posttrain.training import OptimConfig
 
 
@@ -266,4 +268,4 @@ def test_reward_model_and_critic_are_loaded_from_a_stage(tmp_path):
     assert not any(p.requires_grad for p in reward.model.parameters())
     [found] = reward(None, None, [sequence[3:]], prompt_ids=[sequence[:3]])
     assert found == pytest.approx((score_all(tiny_scorer(), [sequence])[0] - 0.5) / 2, abs=1e-5)
-    assert score_all(load_critic(base, ppo, "cpu"), some_sequences()) == [0.0] * 7
+    assert score_all(load_critic(base, ppo, None, "cpu"), some_sequences()) == [0.0] * 7

@@ -152,6 +152,24 @@ def test_one_update_is_adamw_on_the_clipped_gradient():
         torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-4)
 
 
+def test_parts_of_a_model_have_learning_rates_of_their_own():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"trunk": torch.nn.Linear(4, 4), "head": torch.nn.Linear(4, 1)})
+    config = OptimConfig(learning_rate=0.01, warmup_steps=2)
+    updater = Updater(model, stage.accelerator(False), config, 20, learning_rates={"head.": 0.04})
+    before = weights(updater)
+
+    def share(rows):
+        return updater.model["head"](updater.model["trunk"](rows)).square().mean()
+
+    numbers = updater.step([torch.randn(16, 4)], share, lambda: "")
+    # AdamW's first step is the learning rate times the gradient's sign; warm-up of 2: half of it.
+    moved = [(new - old).abs().max().item() for new, old in zip(weights(updater), before, strict=True)]
+    assert moved == pytest.approx([0.005, 0.005, 0.02, 0.02], rel=1e-3) and numbers["learning_rate"] == 0.005
+    with pytest.raises(UserError, match="no trained parameter's name begins with 'value'"):
+        Updater(model, stage.accelerator(False), config, 20, learning_rates={"value": 0.1})
+
+
 @pytest.mark.parametrize(
     ("loss_of", "words"),
     [

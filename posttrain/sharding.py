@@ -1,0 +1,358 @@
+"""Who trains with whom, and models whose weights lie in parts over the processes (FSDP2).
+
+In: what `accelerate launch` was asked for, and a model. Out: the model sharded in place, its weights gathered one at
+a time or all at once, and states for checkpoints that any number of processes can load, sharded or not.
+
+    module = shard(TokenLogps(policy), accelerator)  # by torch's own `fully_shard`, on GPUs and CPUs alike
+    for name, weight in full_weights(policy): ...  # every process takes part, in the same order
+    with gathered(module): ...  # whole on every process: forwards need no other process
+    unshard(module)  # training is over
+
+Accelerate's own FSDP2 takes one model, and on CPUs none: it trains with DDP there and says nothing. It gives us the
+launcher, the processes and the precision; `recipes/accelerate/fsdp2.yaml` is its file.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import UserError
+
+# Settings of Accelerate's FSDP that would change what happens, and the only value that this code has.
+ONLY = {
+    "FSDP_VERSION": ("fsdp_version", "2", "FSDP1 flattens parameters and cannot give them out one by one"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("fsdp_reshard_after_forward", "true", "a whole layer would go stale between steps"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "fsdp_cpu_ram_efficient_loading", "false", "all processes but one would start from empty weights"
+    ),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "false", "parameters stay on their device"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false", "activations are kept"),
+}  # fmt: skip
+
+
+def asked() -> str:
+    """How `accelerate launch` was asked to spread a model: "fsdp2" or "ddp" (a whole one on each process).
+
+    UserError for what this package does not do: DeepSpeed, and settings of FSDP other than those in ONLY.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(DEEPSPEED)
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "ddp"
+    for variable, (key, value, why) in ONLY.items():
+        found = os.environ.get(variable, value).lower()
+        if found != value:
+            raise UserError(f"fsdp_config: {key}: found {found}, expected {value}: {why}")
+    return "fsdp2"
+
+
+DEEPSPEED = (
+    "DeepSpeed: found in Accelerate's settings, expected FSDP2, which spreads the same things "
+    "(DeepSpeed keeps weights and moments in buffers of its own, which no checkpoint of posttrain restores): "
+    "launch with recipes/accelerate/fsdp2.yaml"
+)
+
+
+def refuse_shards(name: str, why: str) -> None:
+    """UserError where `accelerate launch` was asked for FSDP2 and stage `name` has no way to do it."""
+    if asked() != "ddp":
+        raise UserError(f"{name}: no FSDP2 here ({why}): launch it with recipes/accelerate/ddp.yaml")
+
+
+def processes():
+    """Accelerate's view of the processes of this run.
+
+    UserError where they are not as many as were asked for (each would train alone, into the same folder), or where
+    one process is asked to share its parameters with others.
+    """
+    import accelerate
+    from accelerate.utils import parse_flag_from_env
+
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else each looks for a GPU, and trains alone without one
+    # `Accelerator()` reads this flag by itself, `PartialState()` does not, and whoever comes first decides.
+    process = accelerate.PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if process.num_processes != launched:
+        raise UserError(
+            f"{launched} processes were launched, but Accelerate runs {process.num_processes}: several processes "
+            "without a GPU each need ACCELERATE_USE_CPU=true in front of `accelerate launch --multi_gpu`"
+        )
+    # The launcher for one process sets this address where it was asked for more, and then starts one all the same.
+    by_accelerate = "ACCELERATE_DYNAMO_BACKEND" in os.environ and "WORLD_SIZE" not in os.environ
+    if by_accelerate and process.num_processes == 1 and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "several processes were asked for, but `accelerate launch` started one (it does so with --cpu, or with "
+            "distributed_type NO): take recipes/accelerate/two_cpu_processes.yaml or ddp.yaml, or --num_processes 1"
+        )
+    if asked() == "fsdp2" and process.num_processes == 1:
+        raise UserError("FSDP2 was asked for, but there is one process: --num_processes 2, or one_process.yaml")
+    return process
+
+
+def describe(process) -> str:
+    """The real processes and sharding in words: "2 processes on cpu (gloo), FSDP2: parameters in 2 shards"."""
+    count = process.num_processes
+    if count == 1:
+        return f"one process on {process.device}"
+    machines = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    where = f"{process.device.type} ({torch.distributed.get_backend()})"
+    spread = f" on {machines} machines" if machines > 1 else ""
+    how = f"FSDP2: parameters in {count} shards" if asked() == "fsdp2" else "DDP: a whole model each"
+    return f"{count} processes{spread} on {where}, {how}"
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time, innermost first: the decoder layers, by the names that transformers gives them."""
+    from transformers import PreTrainedModel
+
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    names = {name for model in models for name in model._no_split_modules or ()}
+    if chosen := os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP"):
+        names = set(chosen.split(","))
+    return [part for part in reversed(list(module.modules())) if type(part).__name__ in names]
+
+
+def shard(module: nn.Module, accelerator) -> nn.Module:
+    """Spread the parameters of `module` over all processes, in place: each keeps a slice of each, on `module` and on
+    all models inside it. Starts from the weights of the first process, as DDP does.
+
+    Each decoder layer is gathered for its own forward and backward, the rest (embeddings, norm, head) for those of
+    `module`: call `module`, not what is inside. With bf16 the gathered weights and the arithmetic are bf16, shards,
+    gradients and optimizer fp32. All processes must make the same number of forwards and backwards.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    if any(not parameter.dtype.is_floating_point for parameter in module.parameters()):
+        raise UserError("load_in_4bit: FSDP2 does not spread 4-bit weights; take recipes/accelerate/ddp.yaml")
+    for tensor in (*module.parameters(), *module.buffers()):
+        torch.distributed.broadcast(tensor.data, 0)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    options = {"mesh": mesh, "reshard_after_forward": True}
+    if accelerator.mixed_precision == "bf16":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        module.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(module.forward)
+    for block in blocks(module):
+        fully_shard(block, **options)
+    fully_shard(module, **options)
+    # It warns of changing an output in place, which no loss here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # The first module to run becomes the root. It must be this one, whichever the caller runs first.
+    fully_shard.state(module)._lazy_init()
+    return module
+
+
+def is_sharded(module: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, without gradient (every process takes part); any other one as it is."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Copy a whole `value`, which every process has, into a tensor that may be sharded. Nothing is sent."""
+    tensor.copy_(_like(tensor, value))
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    value = value.to(tensor.device)
+    if not isinstance(tensor, DTensor):
+        return value
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(plain name, whole weight with its adapter added) of every parameter, for an engine; what is tied comes once.
+
+    At most one decoder layer, or all that is outside of them, is whole at a time. Every process must iterate to the
+    end where the model is sharded. `model` is the transformers model itself.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    from posttrain.lora import merged_weights
+
+    if not is_sharded(model):
+        yield from merged_weights(model)
+        return
+    names = [name for name, part in model.named_modules() if name and isinstance(part, FSDPModule)]
+    layers = {name: model.get_submodule(name) for name in names if not any(name.startswith(f"{n}.") for n in names)}
+    for name, layer in layers.items():
+        with _whole(layer):
+            weights = list(merged_weights(layer))
+        yield from ((f"{name}.{leaf}", weight) for leaf, weight in weights)
+    for name in layers:
+        model.set_submodule(name, nn.Identity())
+    try:
+        with _whole(model):
+            weights = list(merged_weights(model))
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+    yield from weights
+
+
+@contextmanager
+def _whole(module: nn.Module):
+    """For a while every sharded parameter of `module` stands as a whole in its place."""
+    from torch.distributed.tensor import DTensor
+
+    places = [(part, leaf, p) for part in module.modules() for leaf, p in part.named_parameters(recurse=False)]
+    places = [place for place in places if isinstance(place[2], DTensor)]
+    whole = {}
+    for part, leaf, parameter in places:
+        if id(parameter) not in whole:  # tied weights stay tied
+            whole[id(parameter)] = nn.Parameter(full(parameter), requires_grad=parameter.requires_grad)
+        setattr(part, leaf, whole[id(parameter)])
+    try:
+        yield
+    finally:
+        for part, leaf, parameter in places:
+            setattr(part, leaf, parameter)
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """`model.state_dict()`; of a sharded model, which needs every process, whole tensors on the CPU of the first
+    process (ready for `save_pretrained(folder, state_dict=...)`), and on the others nothing."""
+    if not is_sharded(model):
+        return model.state_dict()
+    main, whole, state = torch.distributed.get_rank() == 0, {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in whole:  # tied weights stay tied
+            gathered = full(tensor)
+            whole[id(tensor)] = gathered.cpu() if main else None
+        state[name] = whole[id(tensor)]
+    return state if main else {}
+
+
+def full_trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name, as `full_state` gives them; `fill` takes each back."""
+    sharded, main = is_sharded(model), not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    whole = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            gathered = full(parameter)
+            whole[name] = gathered.cpu() if sharded and main else None if sharded else gathered
+    return whole if main or not sharded else {}
+
+
+def load_full_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `full_state` gave or `save_pretrained` wrote; every process has all of `state`.
+
+    KeyError naming a tensor that is missing; of tied ones, one is enough. ValueError naming those that have no place.
+    """
+    filled, own = set(), model.state_dict(keep_vars=True)
+    for name, tensor in own.items():
+        if name in state:
+            fill(tensor, state[name])
+            filled.add(id(tensor))
+    if missing := [name for name, tensor in own.items() if id(tensor) not in filled]:
+        raise KeyError(f"no {', '.join(missing[:4])} in the state")
+    if left := sorted(set(state) - set(own)):
+        raise ValueError(f"the model has no {', '.join(left[:4])}")
+
+
+def optimizer_state(optimizer) -> dict:
+    """`optimizer.state_dict()` with whole tensors; where sharded, every process takes part and the first has it."""
+    found = optimizer.state_dict()
+    if not _sharded_optimizer(optimizer):
+        return found
+    main = torch.distributed.get_rank() == 0
+
+    def whole(value):
+        gathered = full(value) if isinstance(value, Tensor) else value
+        return gathered.cpu() if main and isinstance(gathered, Tensor) else gathered if main else None
+
+    state = {index: {k: whole(v) for k, v in values.items()} for index, values in found["state"].items()}
+    return {**found, "state": state} if main else {}
+
+
+def load_optimizer_state(optimizer, state: dict) -> None:
+    """Load what `optimizer_state` gave, with as many processes as there are now; every process has all of `state`."""
+    if _sharded_optimizer(optimizer):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+        def part(value, parameter):
+            return _like(parameter, value) if getattr(value, "shape", None) == parameter.shape else value
+
+        entries = {i: {k: part(v, parameters[i]) for k, v in values.items()} for i, values in state["state"].items()}
+        state = {**state, "state": entries}
+    optimizer.load_state_dict(state)
+
+
+def _sharded_optimizer(optimizer) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+
+
+@contextmanager
+def gathered(module: nn.Module):
+    """For a while `module` and the models inside are whole on every process, in the precision they compute in.
+
+    Inside, each process makes as many forwards without gradient as it likes (generation, evaluation), of `module` or
+    of what is inside it; change no weight there. Costs the memory of a whole model. Nothing where it is not sharded.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    _mark(module, units, False)
+    try:
+        yield module
+    finally:
+        _mark(module, units, True)
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
+def _mark(module: nn.Module, units: list, sharded: bool) -> None:
+    """transformers' `generate` reads this mark and then goes on until the last process is done."""
+    for part in module.modules() if units else ():
+        part._is_fsdp_managed_module = sharded
+
+
+@torch.no_grad()
+def unshard(module: nn.Module) -> nn.Module:
+    """Make `module` and the models inside it plain and whole again on every process, for good, in fp32.
+
+    Its optimizer is of no use any more. Every process takes part. Nothing where it is not sharded.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor import DTensor
+
+    whole, sharded = {}, []
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                if id(parameter) not in whole:
+                    sharded.append(parameter)  # while it lives, no other has its id
+                    whole[id(parameter)] = nn.Parameter(full(parameter), requires_grad=parameter.requires_grad)
+                setattr(part, name, whole[id(parameter)])
+        if isinstance(part, FSDPModule):
+            state = fully_shard.state(part)
+            state._pre_forward_hook_handle.remove()
+            state._post_forward_hook_handle.remove()
+            part.__class__ = type(part).__mro__[2]  # what it was, beneath FSDPModule
+            for key in [key for key in vars(part) if key.startswith("__composable_api")]:
+                del vars(part)[key]
+    _mark(module, sharded, False)
+    return module
