@@ -3,19 +3,23 @@
     posttrain run recipes/tiny [--out DIR] [--from STAGE | --only STAGE] [--set KEY=VALUE] [--seeds 0 1 2] [--dry-run]
     posttrain inspect --config recipes/tiny/sft.yaml [--KEY VALUE ...] [--rows N] [--html FILE] [--against TOKENIZER]
     posttrain report runs/tiny
+    posttrain doctor runs/tiny
     posttrain chat runs/tiny/grpo [--prompt TEXT]
+    posttrain serve runs/tiny/sft [--port 8000]
     posttrain eval runs/tiny/reward --data tiny --data_config rankings [--json FILE]
     posttrain bestof --model runs/tiny/sft --reward runs/tiny/reward --n 16 --data tiny --data_config prompts
+    posttrain attack-reward my_rewards.short [--options KEY=VALUE ...] [--tokenizer PATH] [--timeout S]
     posttrain template list | show NAME | check FILE [--tokenizer PATH] | diff A B
     posttrain env
 
-In: command-line arguments. Out: what the verb prints; exit code 0, 2 for an error the user can mend, 128 + n after
-signal n.
+In: command-line arguments. Out: what the verb prints; exit code 0, 1 where a check found faults, 2 for an error the
+user can mend, 128 + n after signal n.
 """
 
 import argparse
 
 from posttrain.errors import entry
+from posttrain.serve_engine import add_verb as add_serve
 
 
 def main() -> None:
@@ -74,19 +78,12 @@ def parser() -> argparse.ArgumentParser:
     report.set_defaults(call=call_report)
     report.add_argument("run", metavar="RUN", help="folder of a run, e.g. runs/tiny")
 
-    chat = verbs.add_parser("chat", parents=[debug], help="talk to a model")
-    chat.set_defaults(call=call_chat)
-    chat.add_argument("model", metavar="MODEL", help="folder of a stage, or a name on the Hub")
-    chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
-    chat.add_argument("--system", metavar="TEXT", help="system message")
-    chat.add_argument("--raw", action="store_true", help="show the tokens")
-    chat.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
-    chat.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling; default: %(default)s, all tokens")
-    chat.add_argument("--max_new_tokens", type=int, default=256, help="default: %(default)s")
-    chat.add_argument("--seed", type=int, help="default: another one each time")
-
+    _add_doctor(verbs, debug)
+    _add_chat(verbs, debug)
+    add_serve(verbs, debug)
     _add_eval(verbs, debug)
     _add_bestof(verbs, debug)
+    _add_attack(verbs, debug)
     add_template(verbs, debug)
 
     env = verbs.add_parser("env", parents=[debug], help="versions, devices, what is missing and how to get it")
@@ -126,6 +123,25 @@ def add_template(verbs, debug) -> None:
     template.set_defaults(call=call_template)
 
 
+def _add_doctor(verbs, debug: argparse.ArgumentParser) -> None:
+    doctor = verbs.add_parser("doctor", parents=[debug], help="what looks wrong in the logs of a stage or a run")
+    doctor.set_defaults(call=call_doctor)
+    doctor.add_argument("run", metavar="RUN", help="folder of a stage or a run, finished or not, e.g. runs/tiny")
+
+
+def _add_chat(verbs, debug: argparse.ArgumentParser) -> None:
+    chat = verbs.add_parser("chat", parents=[debug], help="talk to a model")
+    chat.set_defaults(call=call_chat)
+    chat.add_argument("model", metavar="MODEL", help="folder of a stage, or a name on the Hub")
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this and leave")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--raw", action="store_true", help="show the tokens")
+    chat.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
+    chat.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling; default: %(default)s, all tokens")
+    chat.add_argument("--max_new_tokens", type=int, default=256, help="default: %(default)s")
+    chat.add_argument("--seed", type=int, help="default: another one each time")
+
+
 def _add_eval(verbs, debug: argparse.ArgumentParser) -> None:
     measure = verbs.add_parser("eval", parents=[debug], help="a reward model's figures on held-out rankings")
     measure.set_defaults(call=call_eval)
@@ -158,6 +174,17 @@ def _add_bestof(verbs, debug: argparse.ArgumentParser) -> None:
     best.add_argument("--seed", type=int, default=0, help="of the world and of the samples; default: %(default)s")
     best.add_argument("--use_vllm", default="auto", choices=("auto", "true", "false"), help="default: %(default)s")
     best.add_argument("--out", metavar="DIR", help="default: bestof/ in the reward model's folder, if that is one")
+
+
+def _add_attack(verbs, debug: argparse.ArgumentParser) -> None:
+    attack = verbs.add_parser(
+        "attack-reward", parents=[debug], help="known hacks on a reward; exit code 1 if any passes"
+    )
+    attack.set_defaults(call=call_attack)
+    attack.add_argument("name", metavar="NAME", help="a reward's short name, or a dotted path package.module.function")
+    attack.add_argument("--options", nargs="*", default=[], metavar="KEY=VALUE", help="as in reward_options")
+    attack.add_argument("--tokenizer", metavar="PATH", help="for rewards that read tokens; default: a token is a byte")
+    attack.add_argument("--timeout", type=float, default=60.0, metavar="S", help="of a hack; default: %(default)s s")
 
 
 def call_run(options: argparse.Namespace) -> int:
@@ -201,6 +228,13 @@ def call_eval(options: argparse.Namespace) -> int:
             options.model, data, options.split, seed=options.seed, max_length=options.max_length, file=options.json
         )
     )
+    return 0
+
+
+def call_doctor(options: argparse.Namespace) -> int:
+    from posttrain import doctor
+
+    print(doctor.tell(options.run))
     return 0
 
 
@@ -270,6 +304,13 @@ def call_template(options: argparse.Namespace) -> int:
     else:
         print(view.listing() if options.action == "list" else view.show(options.name))
     return 0
+
+
+def call_attack(options: argparse.Namespace) -> int:
+    from posttrain.rewards import attack
+
+    given = attack.read_options(options.options)
+    return attack.run(options.name, given, tokenizer=options.tokenizer, timeout=options.timeout)
 
 
 def call_env(_options: argparse.Namespace) -> int:

@@ -227,8 +227,8 @@ def find_layout(model, longest: int, wanted: tuple[str, ...] = LAYOUTS) -> tuple
     """(the first of `wanted` that the model can take, why it is not the very first, else "").
 
     `longest`: tokens of the longest sequence. Raises ValueError where the model can take none of them.
-    Each layout must give the padded one's hidden states on a probe of random tokens, so that a backbone whose positions
-    come from elsewhere (ALiBi, a recurrent state) is found out and not trained on leaks.
+    Each layout must give the padded one's hidden states on a probe of random tokens: a backbone whose positions come
+    from elsewhere (ALiBi, a recurrent state) is found out and not trained on leaks.
     """
     why = ""
     for name in wanted:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from posttrain import figures, plots
+from posttrain import doctor, figures, plots
 from posttrain.errors import UserError
 
 LONGEST_TEXT = 4000  # characters of one reply or prompt; the rest is counted, not shown
@@ -85,6 +85,10 @@ def _manifest(path: Path) -> tuple[dict, str]:
         replies = sample.get("replies") if isinstance(sample, dict) else None
         if not isinstance(replies, list) or not all(isinstance(each, dict) and "by" in each for each in replies):
             raise UserError(f"{path}: samples[{index}] is {sample!r}, expected a prompt and replies by name; {mend}")
+    for index, line in enumerate(manifest.setdefault("rounds", [])):
+        if not isinstance(line, dict) or not isinstance(line.get("metrics"), dict):
+            raise UserError(f"{path}: rounds[{index}] is {line!r}, expected an object with metrics; {mend}")
+        entries += [(f"rounds[{index}][{name!r}]", entry) for name, entry in line["metrics"].items()]
     for where, entry in entries:
         numbers = [entry.get(key) for key in ("value", "low", "high")] if isinstance(entry, dict) else [""]
         if not all(value is None or isinstance(value, int | float) for value in numbers):
@@ -301,6 +305,8 @@ def write_report(run_dir: Path, stages: list[str] | None = None) -> Path:
         figures=figures,
         pictures=plots.stage_pictures,
         skipped=skipped,
+        shown_by_round=lambda metrics: [name for name in metrics if ", " not in name],
+        remarks=lambda stage: doctor.heard(stage.log, stage.manifest.get("config") or {}),
         picture=[_chain_picture(found, down=down) for down in (False, True)],
     )
     path = run_dir / "report.html"

@@ -5,19 +5,23 @@ In: a seed or a folder. Out: objects of transformers and posttrain; nothing here
 
 import signal
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from posttrain import stage
-from posttrain.rl.config import RLConfig
+from posttrain.rl.config import LossConfig, RLConfig
+from posttrain.rl.models import Networks, Reference
 from posttrain.rl.rollout import HFEngine
 from posttrain.rl.trainer import RLTrainer
 from posttrain.stage import StageConfig
 from posttrain.training import OptimConfig
 
 ROOT = Path(__file__).parents[1]
+NETWORKS = ("reference", "critic")
 
 
 @cache
@@ -91,25 +95,36 @@ def start_stage(folder, *configs, name: str = "grpo", **stage_keys):
     return stage.start(name, (config, *configs), parents={}, data=[])
 
 
-def make_trainer(folder, policy, rewards, config: RLConfig, *, optim=None, engine=None, stage_keys=None, **parts):
-    """An `RLTrainer` over chat prompts `a`, `b`, ... that samples by `generate` from its own policy."""
+def settings(**keys) -> tuple[RLConfig, LossConfig]:
+    """Both configs of the loop from one set of keys."""
+    known = {field.name for field in fields(RLConfig)}
+    parts = [{key: value for key, value in keys.items() if (key in known) == mine} for mine in (True, False)]
+    return RLConfig(**parts[0]), LossConfig(**parts[1])
+
+
+def frozen(policy) -> Reference:
+    """The policy as it is now, to measure a KL against."""
+    return Reference(deepcopy(policy))
+
+
+def make_trainer(folder, policy, rewards, config, *, optim=None, engine=None, stage_keys=None, **parts):
+    """An `RLTrainer` over chat prompts `a`, `b`, ... that samples by `generate` from its own policy; `config` is an
+    RLConfig, or what `settings` gives."""
     from posttrain.chat import encode_chat
 
     tokenizer = tiny_tokenizer()
     optim = optim or OptimConfig(learning_rate=1e-2, warmup_steps=0, max_grad_norm=1e9)
-    run = start_stage(folder, config, optim, **(stage_keys or {}))
+    config, loss = config if isinstance(config, tuple) else (config, LossConfig())
+    run = start_stage(folder, config, loss, optim, **(stage_keys or {}))
     rows = [{"prompt": [{"role": "user", "content": "abcdefgh"[: i + 1]}], "row": i, "answer": "a"} for i in range(8)]
     prompts = [
         {**row, "prompt_ids": encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids}
         for row in rows
     ]
     accelerator = stage.accelerator(bf16=False)
-    policy.to(accelerator.device)
-    return RLTrainer(
-        run, accelerator, config, optim, policy=policy, tokenizer=tokenizer,
-        engine=engine or HFEngine(policy, tokenizer.pad_token_id), prompts=prompts, rewards=rewards,
-        stop_ids=(tokenizer.eos_token_id,), **parts,
-    )  # fmt: skip
+    networks = Networks(policy.to(accelerator.device), tokenizer, policy, *(parts.pop(k, None) for k in NETWORKS))
+    engine = engine or HFEngine(policy, tokenizer.pad_token_id)
+    return RLTrainer(run, accelerator, config, loss, optim, networks, engine, prompts, rewards, **parts)
 
 
 @contextmanager

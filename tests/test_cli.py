@@ -19,16 +19,8 @@ def test_help_lists_the_verbs():
     result = call("--help")
     assert result.returncode == 0
     verbs = result.stdout.partition("VERB\n")[2].splitlines()
-    assert [line.split()[0] for line in verbs] == [
-        "run",
-        "inspect",
-        "report",
-        "chat",
-        "eval",
-        "bestof",
-        "template",
-        "env",
-    ]
+    names = [line.split()[0] for line in verbs if line[4] != " "]  # a long name stands on a line of its own
+    assert " ".join(names) == "run inspect report doctor chat serve eval bestof attack-reward template env"
 
 
 @pytest.mark.parametrize(

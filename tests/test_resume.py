@@ -75,12 +75,14 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_chain, tmp_path,
 
 
 @pytest.mark.vllm
-def test_a_killed_run_that_samples_through_vllm_goes_on(small_chain, tmp_path):
+def test_a_killed_run_that_samples_ahead_through_vllm_goes_on(small_chain, tmp_path):
+    """The next step's completions are being sampled in the background when the process dies."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
-    arguments, _ = interrupt("grpo", small_chain, tmp_path, KILL, use_vllm="true")
+    settings = {"use_vllm": "true", "rollout_ahead": 1, "num_iterations": 1}
+    arguments, _ = interrupt("grpo", small_chain, tmp_path, KILL, **settings)
     again = run(arguments, tmp_path)
     assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
-    done = run(long("grpo", small_chain, tmp_path / "whole", use_vllm="true"), tmp_path)
+    done = run(long("grpo", small_chain, tmp_path / "whole", **settings), tmp_path)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "grpo") == result(tmp_path / "whole")
 

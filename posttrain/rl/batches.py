@@ -1,4 +1,4 @@
-"""From experience to forward passes: a `MicroBatch` holds packed rows and, flat over tokens, what a loss needs.
+"""From experience to forward passes: a `MicroBatch` holds laid-out rows and, flat over tokens, what a loss needs.
 
 In: an `Experience` and indices into it. Out: micro-batches of bounded size, whatever the lengths.
 """
@@ -10,23 +10,27 @@ from torch import Tensor
 
 from posttrain import gate
 from posttrain.evals import fit_prompts, prompt_ids, prompt_size
-from posttrain.packing import Packed, by_tokens, pack
+from posttrain.layouts import Batch, Group, Layout
 from posttrain.rl.config import RLConfig
-from posttrain.rl.logprobs import completion_positions
-from posttrain.rl.types import Experience, Rollouts
+from posttrain.rl.forward import lay_out, sequences_of, split
+from posttrain.rl.tools import schemas
+from posttrain.rl.types import Experience
+from posttrain.tools import load_tools
 
 
 @dataclass
 class MicroBatch:
-    """M = all completion tokens of its sequences; tensors (M,) unless said otherwise."""
+    """M = all sampled tokens of its completions; tensors (M,) unless said otherwise."""
 
-    packed: Packed
-    select: Tensor  # flat position that predicts each token
+    batch: Batch
+    select: Tensor  # flat place that predicts each token
     targets: Tensor
-    sizes: list[int]  # completion tokens of each sequence
+    sizes: list[int]  # sampled tokens of each completion
+    tokens: int  # of the forward, prompts included, pads not
     old_logps: Tensor
     advantages: Tensor
     weights: Tensor  # of each token in the step's loss
+    behaviour_logps: Tensor | None
     ref_logps: Tensor | None
     values: Tensor | None
     returns: Tensor | None
@@ -35,7 +39,7 @@ class MicroBatch:
 def encode_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies):
     """(rows with `prompt_ids` and `row`, held-out rows, the longest prompt with reply that the engine must have room
     for). Prompts longer than max_prompt_length or than the model's context has room for are left out of both."""
-    prompts = []
+    prompts, rows, test = [], with_tools(rows, config.tools), with_tools(test, config.tools)
     for index, row in enumerate(rows):
         prompts.append({**row, "prompt_ids": prompt_ids(tokenizer, row), "row": index})
     most, sizes = config.max_prompt_length, [len(row["prompt_ids"]) for row in prompts]
@@ -48,49 +52,38 @@ def encode_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], co
 def gated_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies):
     """`encode_prompts` of what a stage is about to train on, once the gate has let it pass."""
     prompts, test, longest = encode_prompts(run, model, tokenizer, rows, test, config, replies)
+    rows = with_tools(rows, config.tools)
     gate.require(run, gate.rl_checks(tokenizer, model, rows, prompts, run.parents))
     return prompts, test, longest
 
 
-def token_lengths(rollouts: Rollouts) -> list[int]:
-    return [len(p) + len(c.ids) for p, c in zip(rollouts.prompt_ids, rollouts.completions, strict=True)]
+def with_tools(rows: list[dict], names: list[str]) -> list[dict]:
+    """Rows whose prompts tell the model of these tools; a row's own `tools` stay."""
+    told = schemas(load_tools(names))
+    return [{**row, "tools": row.get("tools") or told} for row in rows] if told else rows
 
 
-def pack_rollouts(rollouts: Rollouts, indices: list[int], device) -> tuple[Packed, Tensor, Tensor, list[int]]:
-    """(packed rows, select (M,), targets (M,), completion sizes) of these completions with their prompts."""
-    prompts = [rollouts.prompt_ids[i] for i in indices]
-    completions = [rollouts.completions[i].ids for i in indices]
-    sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
-    packed = pack(sequences, capacity=max(256, *map(len, sequences)))
-    sizes = [len(c) for c in completions]
-    select = completion_positions(packed.starts, [len(p) for p in prompts], sizes).to(device)
-    packed = packed.to(device)
-    return packed, select, packed.input_ids.flatten()[select + 1], sizes
-
-
-def micro_batches(experience: Experience, indices: list[int], weights: Tensor, max_tokens: int, device):
-    """Micro-batches over `indices`; `weights` (N,) is the weight of each token of each sequence."""
-    lengths = token_lengths(experience.rollouts)
+def micro_batches(
+    experience: Experience, indices: list[int], weights: Tensor, layout: Layout, max_tokens: int, device
+) -> list[MicroBatch]:
+    """Micro-batches over `indices`; `weights` (N,) is the weight of each token of each completion."""
     batches = []
-    for group in by_tokens([lengths[i] for i in indices], max_tokens):
-        members = [indices[g] for g in group]
-        packed, select, targets, sizes = pack_rollouts(experience.rollouts, members, device)
+    for groups in split(experience.rollouts, indices, layout, max_tokens):
+        members = [i for group in groups for i in group]
+        batch, select, targets, sizes = lay_out(experience.rollouts, groups, layout)
+        tokens = sum(layout.tokens(Group(sequences_of(experience.rollouts, group))) for group in groups)
 
         def flat(pieces, members=members):
             return None if pieces is None else torch.cat([pieces[i] for i in members]).to(device)
 
         batches.append(
             MicroBatch(
-                packed,
-                select,
-                targets,
-                sizes,
+                batch.to(device), select.to(device), targets.to(device), sizes, tokens,
                 flat(experience.old_logps),
                 flat(experience.advantages),
                 torch.repeat_interleave(weights[members], torch.tensor(sizes)).to(device),
-                flat(experience.ref_logps),
-                flat(experience.values),
+                flat(experience.behaviour_logps), flat(experience.ref_logps), flat(experience.values),
                 flat(experience.returns),
             )
-        )
+        )  # fmt: skip
     return batches

@@ -1,76 +1,111 @@
-"""One loop for PPO and GRPO: sample, score, advantages, update. Read `train` first.
+"""One loop for PPO, GRPO and their kin: collect, score, advantages, update. Read `train` first.
 
 In: a policy, an engine that samples from it, prompts (rows with `prompt_ids`), reward functions and, for PPO, a
 critic. Out: the trained policy in place, log.jsonl and rollouts.jsonl in the stage's folder.
-A critic makes it PPO (GAE, KL in the reward); without one it is GRPO (group advantage, KL in the loss).
+`LossConfig` says what is made of it: with a critic GAE and a KL in the reward, without one a group's advantage.
 """
 
 import math
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 
+from posttrain import sharding
+from posttrain.doctor import doctor_of
 from posttrain.errors import UserError
-from posttrain.models import ModelConfig, load_causal_lm
-from posttrain.order import shuffled_indices
-from posttrain.packing import by_tokens
+from posttrain.lora import has_adapter
 from posttrain.progress import Progress
-from posttrain.rl.advantages import gae, group_advantages, shaped_rewards, whiten
-from posttrain.rl.batches import MicroBatch, micro_batches, pack_rollouts, token_lengths
-from posttrain.rl.config import PPOConfig, RLConfig
-from posttrain.rl.logprobs import TokenLogps, TokenValues
-from posttrain.rl.losses import clipped_policy_loss, clipped_value_loss, kl_estimates, sequence_weights
-from posttrain.rl.rollout import Sampling, model_logps, sample_seed
-from posttrain.rl.scoring import call_rewards, sample_rows, total_rewards
+from posttrain.rl import state
+from posttrain.rl.batches import MicroBatch, micro_batches
+from posttrain.rl.collect import Collector
+from posttrain.rl.config import LossConfig, PPOConfig, RLConfig
+from posttrain.rl.experience import add_advantages, join, rewarded, take_groups, with_signal
+from posttrain.rl.forward import CriticForward, PolicyForward, each_token, rollout_logps
+from posttrain.rl.kl import AdaptiveKL, FixedKL, RunningMoments, kl_loss
+from posttrain.rl.losses import clipped_value_loss, policy_loss, sequence_weights, token_total
+from posttrain.rl.metrics import Arithmetic, TokenSums, experience_numbers, mean
+from posttrain.rl.models import Networks, common_layout, move
+from posttrain.rl.rollout import EngineError, Sampling, sample_seed
+from posttrain.rl.scoring import sample_rows
+from posttrain.rl.sync import prove_sync
 from posttrain.rl.types import Experience, Rollouts
-from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
+from posttrain.training import OptimConfig, Updater, require_multiple
 
 
 class RLTrainer:
-    """`policy`, `reference`, `critic` are transformers models; `rewards` is [(name, function, weight)]."""
+    """`prompts` are rows with `prompt_ids`, `rewards` is [(name, function, weight)]; `ppo` comes with a critic."""
 
     def __init__(
-        self, stage, accelerator, config: RLConfig, optim: OptimConfig, *, policy, tokenizer, engine, prompts, rewards,
-        stop_ids, reference=None, critic=None, ppo: PPOConfig | None = None,
+        self, stage, accelerator, config: RLConfig, loss: LossConfig, optim: OptimConfig, networks: Networks, engine,
+        prompts: list[dict], rewards: list, ppo: PPOConfig | None = None,
     ):  # fmt: skip
         self.stage, self.accelerator, self.config, self.ppo = stage, accelerator, config, ppo
-        self.policy, self.reference, self.critic, self.tokenizer = policy, reference, critic, tokenizer
+        self.loss = loss.resolved(networks.critic is not None)
+        policy, critic = self.policy, self.critic = networks.policy, networks.critic
+        self.reference, self.tokenizer = networks.reference, networks.tokenizer
         self.engine, self.prompts, self.rewards = engine, prompts, rewards
-        self.sampling = Sampling(config.num_generations, config.max_completion_length, stop_ids, config.temperature)
-        if critic is None and config.num_generations < 2:
-            raise UserError("num_generations: found 1, expected at least 2: GRPO compares a prompt's completions")
-        self.step, self.tokens, self.kl, self.seconds = 0, 0, 0.0, {}
-        updates = config.max_steps * config.num_iterations * config.num_minibatches
+        self._check(config)
+        trunk = critic is not None and ppo.critic == "trunk"
         policy.eval()  # dropout off: the engine has none, and ratios would be noise
-        self.policy_updater = Updater(TokenLogps(policy), accelerator, optim, updates)
-        if critic is not None:
-            critic.eval()
-            self.critic_updater = Updater(TokenValues(critic), accelerator, optim, updates, ppo.critic_learning_rate)
-        require_multiple(config, "num_prompts", accelerator.num_processes)
+        models = [policy] if critic is None or trunk else [policy, critic.eval()]
+        longest = max(len(row["prompt_ids"]) for row in prompts) + config.max_completion_length
+        self.layout = common_layout(models, longest, config.layouts(), stage.note)
+        updates = config.max_steps * config.num_iterations * config.num_minibatches
+        forward = PolicyForward(policy, critic if trunk else None, entropy_gradient=self.loss.entropy_coef > 0)
+        self.policy_updater = Updater(forward, accelerator, optim, updates)
+        self.critic_updater = None
+        if critic is not None and not trunk:
+            self.critic_updater = Updater(CriticForward(critic), accelerator, optim, updates, ppo.critic_learning_rate)
+        own = critic if self.critic_updater is not None else None
+        self.arithmetic = Arithmetic(policy, own, accelerator.device, torch.bfloat16 if optim.bf16 else policy.dtype)
+        self.pass_kind = "adapter" if has_adapter(policy) else "training"
+        adaptive = self.loss.kl_target > 0
+        self.moments = RunningMoments()
+        self.kl_weight = AdaptiveKL(loss.beta, loss.kl_target, loss.kl_horizon) if adaptive else FixedKL(loss.beta)
+        seed, rank, world = stage.config["seed"], accelerator.process_index, accelerator.num_processes
+        sampling = Sampling(
+            config.num_generations, config.max_completion_length, networks.stop_ids, config.temperature
+        )
+        self.collector = Collector(config, engine, prompts, sampling, seed, rank, world)
+        self.step, self.tokens, self.kl, self.gap, self.seconds = 0, 0, 0.0, 1.0, {}
+        self.doctor = doctor_of(stage)
         if stage.resume_folder is not None:
-            self._load(stage.resume_folder)
+            state.load(self, stage.resume_folder)
+
+    def _check(self, config: RLConfig) -> None:
+        if self.critic is None and config.num_generations < 2 and self.loss.advantage != "reinforce_pp":
+            raise UserError("num_generations: found 1, expected at least 2: GRPO compares a prompt's completions")
+        if self.loss.beta and self.reference is None:
+            raise UserError(f"beta: found {self.loss.beta}, but there is no reference to measure a KL against")
+        if config.offload and sharding.asked() == "fsdp2":
+            raise UserError("offload: found true beside FSDP2, which spreads weights over GPUs already: leave it out")
+        require_multiple(config, "num_prompts", self.accelerator.num_processes)
+        mine = config.num_prompts // self.accelerator.num_processes
+        if config.num_minibatches > mine:
+            raise UserError(f"num_minibatches: found {config.num_minibatches} for {mine} prompts a process")
 
     def train(self) -> None:
         progress = Progress(self.stage.name, self.config.max_steps, initial=self.step)
         with self.stage.running():
             while self.step < self.config.max_steps and not self.stage.stopping:
                 self.seconds, began = {}, time.perf_counter()
-                with self._timed("sync"):
-                    self.engine.sync_weights(self.policy)
-                with self._timed("generate"):
-                    rollouts = self.generate()
-                experience = self.score(rollouts)
+                experience = self.collect()
+                self.score(experience)
                 self.add_advantages(experience)
                 numbers = self.update(experience)
                 self.step += 1
                 self.log(experience, numbers, time.perf_counter() - began, progress)
                 if self.stage.due(self.step, self.config.max_steps):
-                    self._save()
+                    state.save(self)
                 if self.kl > self.config.max_kl > 0:
                     self.stage.note(f"KL {self.kl:.1f} nats a reply passed max_kl {self.config.max_kl}: stopped here")
                     break
         progress.close()
+        for updater in (self.policy_updater, self.critic_updater):
+            if updater is not None:
+                sharding.unshard(updater.model)
         self.engine.sync_weights(self.policy)
 
     @contextmanager
@@ -79,75 +114,126 @@ class RLTrainer:
         yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
-    def generate(self) -> Rollouts:
-        """This process's share of the step's prompts, sampled by the engine."""
-        n, rank, world = self.config.num_generations, self.accelerator.process_index, self.accelerator.num_processes
-        seed = self.stage.config["seed"]
-        mine = shuffled_indices(self.step, self.config.num_prompts, len(self.prompts), seed)[rank::world]
-        prompt_ids = [self.prompts[i]["prompt_ids"] for i in mine]
-        completions = self.engine.generate(prompt_ids, self.sampling, sample_seed(seed, self.step, rank))
-        rows = [self.prompts[i] for i in mine for _ in range(n)]
-        return Rollouts(rows, [row["prompt_ids"] for row in rows], completions, n)
+    def _sum(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Sums over all processes, on the CPU."""
+        return self.accelerator.reduce(numbers.to(self.accelerator.device), "sum").cpu()
 
-    def score(self, rollouts: Rollouts) -> Experience:
-        """Rewards, and without gradient the reference's log-probabilities and the critic's values."""
+    @contextmanager
+    def _whole(self):
+        """Sharded networks gathered, for passes without gradient, of which processes make different numbers."""
+        with ExitStack() as stack:
+            for updater in (self.policy_updater, self.critic_updater):
+                if updater is not None:
+                    stack.enter_context(sharding.gathered(updater.model))
+            yield
+
+    def collect(self) -> Experience:
+        """This step's completions with their rewards; rollout_ahead: those sampled while the last step trained."""
+        try:
+            if not self.collector.waiting:
+                self._sync()
+                with self._timed("generate"), self._whole():
+                    self.collector.begin(self.step)
+            with self._timed("generate"):
+                rollouts = self.collector.take()
+            if self.config.rollout_ahead and self.step + 1 < self.config.max_steps:
+                self._sync()
+                with self._timed("generate"), self._whole():
+                    self.collector.begin(self.step + 1)
+        except EngineError:
+            state.save_alone(self)  # what was trained so far is not the engine's to lose
+            raise
+        experience = self.reward(rollouts)
+        return self._resample(experience) if self.config.dynamic_sampling else experience
+
+    def _sync(self) -> None:
+        """Give the engine the policy's weights, and prove that it samples from them if it has weights of its own."""
+        with self._timed("sync"):
+            self.engine.sync_weights(self.policy)
+        if self.engine.concurrent:
+            prompts = [row["prompt_ids"] for row in self.prompts[:2]]
+            bound, temperature = self.config.max_mismatch, self.config.temperature
+            with self._timed("prove"), self._whole():
+                self.gap = prove_sync(
+                    self.engine, self.policy, prompts, bound=bound, seed=self.step, temperature=temperature
+                )
+
+    def _resample(self, experience: Experience) -> Experience:
+        """DAPO's dynamic sampling (2503.14476): more prompts, until enough groups have rewards that differ."""
+        want, self.sampled_groups = len(experience.rewards) // self.config.num_generations, 1.0
+        for attempt in range(1, self.config.dynamic_sampling + 1):
+            missing = torch.tensor(float(max(0, want - len(with_signal(experience)))))
+            if self._sum(missing).item() == 0:
+                break
+            with self._timed("generate"), self._whole():
+                self.collector.begin(self.step, attempt)
+                rollouts = self.collector.take()
+            experience = join(experience, self.reward(rollouts))
+            self.sampled_groups += 1
+        good = with_signal(experience)
+        flat = [g for g in range(int(want * self.sampled_groups)) if g not in set(good)]
+        return take_groups(experience, (good + flat)[:want])
+
+    def reward(self, rollouts: Rollouts) -> Experience:
         with self._timed("reward"):
-            by_name = call_rewards(self.rewards, rollouts, self.tokenizer)
-            total = total_rewards(self.rewards, by_name, rollouts)
-            cut = torch.tensor([c.stop == "length" for c in rollouts.completions])
-            total = total - self.config.missing_eos_penalty * cut.float()
-        experience = Experience(rollouts, total, by_name, [torch.tensor(c.logps) for c in rollouts.completions])
-        with self._timed("score"):
+            return rewarded(rollouts, self.rewards, self.tokenizer, self.config, self._normalized)
+
+    def _normalized(self, rewards: torch.Tensor) -> torch.Tensor:
+        """running_rewards: by the mean and deviation of all rewards so far, of all processes."""
+        if not self.config.running_rewards:
+            return rewards
+        self.moments.update(self.accelerator.gather(rewards.to(self.accelerator.device)).cpu())
+        return self.moments.normalized(rewards)
+
+    def score(self, experience: Experience) -> Experience:
+        """Without gradient: the reference's log-probabilities, the critic's values, the policy's own if asked for."""
+        config, rollouts, device = self.config, experience.rollouts, self.accelerator.device
+        how = (self.layout, config.temperature, config.max_tokens_per_microbatch)
+        passes = 1 + (self.loss.old_logps == "trainer") + (self.reference is not None)  # 1: the engine's own
+        self.arithmetic.add(passes * rollouts.num_tokens, passes * len(rollouts.rows), "forward")
+        with self._timed("score"), self._whole():
+            if self.loss.old_logps == "trainer":
+                experience.behaviour_logps = experience.old_logps
+                experience.old_logps = rollout_logps(self.policy, rollouts, *how)
             if self.reference is not None:
-                completions = [c.ids for c in rollouts.completions]
-                experience.ref_logps = model_logps(
-                    self.reference, rollouts.prompt_ids, completions, self.config.temperature,
-                    self.config.max_tokens_per_microbatch,
-                )  # fmt: skip
+                experience.ref_logps = self.reference.logps(rollouts, *how, device)
             if self.critic is not None:
-                experience.values = self._values(rollouts)
+                self.arithmetic.add(rollouts.num_tokens, len(rollouts.rows), "forward", critic=True)
+                if self.critic_updater is not None and config.offload:
+                    move(self.critic, self.critic_updater.optimizer, device)
+                experience.values = each_token(
+                    rollouts, self.layout, config.max_tokens_per_microbatch, device, self._values
+                )
         return experience
 
-    @torch.no_grad()
-    def _values(self, rollouts: Rollouts) -> list[torch.Tensor]:
-        """The critic's value before each completion token, (T_i,) each."""
-        values: list[torch.Tensor] = [torch.empty(0)] * len(rollouts.rows)
-        for indices in by_tokens(token_lengths(rollouts), self.config.max_tokens_per_microbatch):
-            packed, select, _, sizes = pack_rollouts(rollouts, indices, self.accelerator.device)
-            flat = self.critic_updater.model(packed.input_ids, packed.position_ids, select).cpu()
-            for index, piece in zip(indices, flat.split(sizes), strict=True):
-                values[index] = piece
-        return values
+    def _values(self, batch, select, targets):
+        if self.critic_updater is None:
+            return self.policy_updater.model(batch, select, targets, self.config.temperature)[2]
+        return self.critic_updater.model(batch, select)
+
+    def reply_kl(self, rollouts: Rollouts) -> list[float]:
+        """log pi - log ref of completions sampled at temperature 1, summed over their tokens, in nats."""
+        how = (self.layout, 1.0, self.config.max_tokens_per_microbatch)
+        mine = rollout_logps(self.policy, rollouts, *how)
+        start = self.reference.logps(rollouts, *how, self.accelerator.device)
+        return [(a.sum() - b.sum()).item() for a, b in zip(mine, start, strict=True)]
 
     def add_advantages(self, experience: Experience) -> None:
-        """GAE with the KL in the reward where there is a critic, else the group's advantage spread over its tokens."""
-        lengths = experience.rollouts.lengths
-        if self.critic is None:
-            scores = group_advantages(experience.rewards, self.config.num_generations, self.config.scale_rewards)
-            experience.advantages = [a.expand(n) for a, n in zip(scores, lengths, strict=True)]
-            return
-        experience.returns = []
-        for i, score in enumerate(experience.rewards):
-            old, ref = experience.old_logps[i], experience.ref_logps[i]
-            shaped = shaped_rewards(score, old, ref, self.config.beta)
-            advantages, returns = gae(shaped, experience.values[i], self.ppo.gamma, self.ppo.lam)
-            experience.advantages.append(advantages)
-            experience.returns.append(returns)
-        flat = torch.cat(experience.advantages).double()
-        sums = torch.stack([flat.sum(), (flat**2).sum(), torch.tensor(float(len(flat)), dtype=torch.float64)])
-        total, squares, count = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").cpu()
-        mean, var = (total / count).float(), (squares / count - (total / count) ** 2).clamp(min=0).float()
-        experience.advantages = [whiten(a, mean, var) for a in experience.advantages]
+        add_advantages(experience, self.loss, self._sum, self.kl_weight.beta, self.ppo)
 
     def update(self, experience: Experience) -> dict[str, float]:
         """num_iterations passes of num_minibatches optimizer steps; returns averaged numbers to log."""
-        config, numbers = self.config, []
+        config, numbers, self.sums = self.config, [], TokenSums()
         with self._timed("update"):
             for iteration in range(config.num_iterations):
                 for minibatch in self._minibatches(len(experience.rollouts.rows), iteration):
                     numbers.append(self._update_once(experience, minibatch, first=not numbers))
+            if self.critic_updater is not None and config.offload:
+                move(self.critic, self.critic_updater.optimizer, "cpu")
         keys = {key for n in numbers for key in n}
-        return {key: mean([n[key] for n in numbers if key in n]) for key in sorted(keys)}
+        found = {key: mean([n[key] for n in numbers if key in n]) for key in sorted(keys)} | self.sums.means(self._sum)
+        self._check_mismatch(found)
+        return found
 
     def _minibatches(self, num_rows: int, iteration: int) -> list[list[int]]:
         """Seeded split of the rows; whole groups stay together so that every minibatch sees both signs."""
@@ -155,78 +241,89 @@ class RLTrainer:
         generator = torch.Generator().manual_seed(sample_seed(self.stage.config["seed"], self.step, iteration))
         order = torch.randperm(num_rows // n, generator=generator).tolist()
         parts = [order[i :: self.config.num_minibatches] for i in range(self.config.num_minibatches)]
-        if not all(parts):
-            raise UserError(
-                f"num_minibatches: found {self.config.num_minibatches} for {num_rows // n} prompts a process"
-            )
         return [sorted(g * n + k for g in part for k in range(n)) for part in parts]
 
     def _update_once(self, experience: Experience, minibatch: list[int], *, first: bool) -> dict[str, float]:
-        lengths = torch.tensor(experience.rollouts.lengths)
-        local = torch.tensor([int(lengths[minibatch].sum()), len(minibatch)], device=self.accelerator.device)
-        tokens, sequences = self.accelerator.reduce(local, "sum").tolist()
-        limit = self.config.max_completion_length
-        kind = "dapo" if self.critic is not None else self.config.loss_type
-        weights = sequence_weights(kind, lengths, tokens, sequences, limit)
-        indices = self._with_signal(experience, minibatch)
-        batches = micro_batches(
-            experience, indices, weights, self.config.max_tokens_per_microbatch, self.accelerator.device
-        )
-        sums: dict[str, float] = {}
-
-        def policy_share(batch: MicroBatch):
-            return self._policy_share(batch, sums)
+        rollouts, kind, device = experience.rollouts, self.loss.loss_type, self.accelerator.device
+        lengths = torch.tensor(rollouts.sampled_lengths)
+        cut = torch.tensor([c.stop == "length" for c in rollouts.completions])
+        counts = (~(cut & self.loss.mask_truncated_completions)).float()
+        kept = lengths * counts
+        sizes = [lengths[minibatch].sum(), kept[minibatch].sum(), kept.sum(), len(minibatch)]
+        every, tokens, batch_tokens, sequences = self._sum(torch.tensor(sizes, dtype=torch.float64)).tolist()
+        total = token_total(kind, tokens, batch_tokens, self.config.num_minibatches)
+        weights = sequence_weights(kind, lengths, total, int(sequences), self.config.max_completion_length, counts)
+        indices = self._with_signal(experience, minibatch, counts)
+        limit = self.config.max_tokens_per_microbatch
+        batches = micro_batches(experience, indices, weights, self.layout, limit, device)
 
         def rows() -> str:
-            return ", ".join(str(experience.rollouts.rows[i].get("row", i)) for i in indices[:8])
+            return ", ".join(str(rollouts.rows[i].get("row", i)) for i in indices[:8])
 
-        numbers = {}
-        if self.critic is None or self.step >= self.ppo.critic_warmup_steps:
-            numbers = self.policy_updater.step(batches, policy_share, rows)
-            if first:
-                self._check_engine(sums)
-            else:
-                del sums["mismatch"]  # from here on it would be the updates' doing
-        if self.critic is not None:
-            critic = self.critic_updater.step(batches, self._value_share, rows)
+        tokens = sum(batch.tokens for batch in batches)
+        numbers, warming = {}, self.critic is not None and self.step < self.ppo.critic_warmup_steps
+        if self.critic_updater is None or not warming:
+            self.arithmetic.add(tokens, len(indices), self.pass_kind)
+            share = partial(self._policy_share, first=first, warming=warming, value_weight=1 / every)
+            numbers = self.policy_updater.step(batches, share, rows)
+        if self.critic_updater is not None:
+            self.arithmetic.add(tokens, len(indices), "training", critic=True)
+            critic = self.critic_updater.step(batches, partial(self._value_share, value_weight=1 / every), rows)
             numbers |= {"value_loss": critic["loss"], "value_grad_norm": critic["grad_norm"]}
-        count = sums.pop("count", 0.0)
-        return numbers | {key: value / count for key, value in sums.items() if count}
+        return numbers
 
-    def _with_signal(self, experience: Experience, minibatch: list[int]) -> list[int]:
+    def _with_signal(self, experience: Experience, minibatch: list[int], counts) -> list[int]:
         """Leave out rows whose every term is zero: exact, since the weights' denominators count them still."""
-        if self.critic is not None or self.config.beta != 0:
+        kl = self.kl_weight.beta != 0 and self.loss.kl_in == "loss"
+        if self.critic is not None or kl or self.loss.entropy_coef:
             return minibatch
-        kept = [i for i in minibatch if bool(experience.advantages[i].any())]
+        kept = [i for i in minibatch if counts[i] and bool(experience.advantages[i].any())]
         return kept or minibatch[:1]  # a step without signal still runs, so that all processes stay together
 
-    def _policy_share(self, batch: MicroBatch, sums: dict[str, float]):
-        """This micro-batch's share of the policy loss; adds what is worth logging to `sums`."""
-        logps, entropy = self.policy_updater.model(
-            batch.packed.input_ids, batch.packed.position_ids, batch.select, batch.targets, self.config.temperature
+    def _policy_share(self, batch: MicroBatch, *, first: bool, warming: bool, value_weight: float):
+        """This micro-batch's share of the policy's loss, and of the value's where the head sits on its trunk."""
+        loss = self.loss
+        logps, entropy, values = self.policy_updater.model(
+            batch.batch, batch.select, batch.targets, self.config.temperature, warming
         )
-        low, high = self.config.epsilon, self.config.epsilon_high
-        loss, clipped = clipped_policy_loss(
-            logps, batch.old_logps, batch.advantages, low, low if high is None else high
-        )
-        if self.critic is None and self.config.beta != 0:
-            loss = loss + self.config.beta * kl_estimates(logps, batch.ref_logps, self.config.kl_estimator)
-        with torch.no_grad():
-            gap = logps - batch.old_logps
-            parts = {"clip_ratio": clipped, "entropy": entropy, "mismatch": gap.abs().exp(), "ratio": gap.exp()}
-            for key, value in parts.items():
-                sums[key] = sums.get(key, 0.0) + value.sum().item()
-            sums["count"] = sums.get("count", 0.0) + len(gap)
-        return (loss * batch.weights).sum()
+        terms = policy_loss(
+            logps, batch.old_logps, batch.advantages, batch.sizes, low=loss.epsilon, high=loss.high,
+            loss_type=loss.loss_type, level=loss.importance_sampling_level, delta=loss.delta,
+            cap=loss.vllm_importance_sampling_cap, behaviour_logps=batch.behaviour_logps,
+        )  # fmt: skip
+        each = terms.loss
+        if self.kl_weight.beta and loss.kl_in == "loss":
+            kl = kl_loss(logps, batch.ref_logps, loss.kl_estimator, terms.ratio, loss.use_bias_correction_kl)
+            each = each + self.kl_weight.beta * kl
+        if loss.entropy_coef:
+            each = each - loss.entropy_coef * entropy
+        share = (each * batch.weights).sum() * (not warming)
+        if values is not None:
+            wrong = clipped_value_loss(values, batch.values, batch.returns, self.ppo.cliprange_value)
+            share = share + self.ppo.vf_coef * value_weight * wrong.sum()
+        if self.policy_updater.padding:
+            return share
+        up, sampled = batch.advantages > 0, batch.old_logps if batch.behaviour_logps is None else batch.behaviour_logps
+        self.sums.add(
+            clip_ratio=terms.clipped, clip_ratio_high=terms.clipped * up, clip_ratio_low=terms.clipped * ~up,
+            importance_truncated=terms.truncated, entropy=entropy, ratio=terms.ratio,
+        )  # fmt: skip
+        if values is not None:
+            self.sums.add(value_loss=wrong)
+        if first:  # from here on it would be the updates' doing
+            self.sums.add(mismatch=(logps - sampled).abs().exp())
+        return share
 
-    def _value_share(self, batch: MicroBatch):
-        values = self.critic_updater.model(batch.packed.input_ids, batch.packed.position_ids, batch.select)
-        loss = clipped_value_loss(values, batch.values, batch.returns, self.ppo.cliprange_value)
-        return (loss * batch.weights).sum()
+    def _value_share(self, batch: MicroBatch, *, value_weight: float):
+        values = self.critic_updater.model(batch.batch, batch.select)
+        return value_weight * clipped_value_loss(values, batch.values, batch.returns, self.ppo.cliprange_value).sum()
 
-    def _check_engine(self, sums: dict[str, float]) -> None:
-        """The step's first log-probabilities come from the weights the engine sampled with: both must agree."""
-        found = sums["mismatch"] / sums["count"]
+    def _check_mismatch(self, numbers: dict) -> None:
+        """The step's first log-probabilities come from the weights the engine sampled with: both must agree. Sampled
+        ahead they come from older ones: then what `_sync` proved stands in its place."""
+        if self.config.rollout_ahead and "mismatch" in numbers:
+            numbers["staleness"], numbers["mismatch"] = numbers["mismatch"], self.gap
+        found = numbers.get("mismatch", 1.0)
         if found > self.config.max_mismatch:
             raise UserError(
                 f"step {self.step + 1}: {self.engine.name} and the trainer disagree on the sampled tokens: mean "
@@ -236,72 +333,24 @@ class RLTrainer:
 
     def log(self, experience: Experience, numbers: dict, wall: float, progress: Progress) -> None:
         """One line of log.jsonl a step; a few rollouts with it."""
-        rollouts = experience.rollouts
-        groups = experience.rewards.view(-1, self.config.num_generations)
-        local = {
-            "reward": experience.rewards.mean().item(),
-            "completion_length": mean(rollouts.lengths),
-            "cut_share": mean([c.stop == "length" for c in rollouts.completions]),
-        }
-        if groups.shape[1] > 1:  # a group of one, as PPO may have, has no spread to speak of
-            local["reward_std"] = groups.std(1).mean().item()
-            local["zero_signal_groups"] = (groups == groups[:, :1]).all(1).float().mean().item()
-        for name, values in experience.rewards_by_name.items():
-            known = [v for v in values if v is not None]
-            local[f"reward/{name}"] = mean(known) if known else 0.0
-        if experience.ref_logps is not None:
-            pairs = zip(experience.old_logps, experience.ref_logps, strict=True)
-            local["kl"] = mean([(old - ref).sum().item() for old, ref in pairs])
-        if experience.returns is not None:
-            local["explained_variance"] = explained_variance(experience.values, experience.returns)
-        averaged = self.accelerator.reduce(torch.tensor(list(local.values()), device=self.accelerator.device), "mean")
+        local = experience_numbers(experience)
+        world = self.accelerator.num_processes
+        averaged = self._sum(torch.tensor(list(local.values()), dtype=torch.float64)) / world
         local = dict(zip(local, averaged.tolist(), strict=True))
-        total = self.accelerator.reduce(
-            torch.tensor(sum(token_lengths(rollouts)), device=self.accelerator.device), "sum"
-        ).item()
-        self.tokens += total
-        shares = {f"share/{part}": seconds / wall for part, seconds in self.seconds.items()}
+        tokens = int(self._sum(torch.tensor(float(experience.rollouts.num_tokens))).item())
+        self.tokens += tokens
         self.kl = local.get("kl", 0.0)
-        if self.critic is None and local["zero_signal_groups"] == 1.0:
-            same = "all answers of every prompt score the same, so there is no gradient"
-            self.stage.note(f"step {self.step}: {same}: take easier or harder problems, or more num_generations")
-        self.stage.log(self.step, **local, **numbers, **shares, tokens_per_second=total / wall)
+        if self.loss.kl_target:
+            local["beta"] = self.kl_weight.beta
+            self.kl_weight.update(self.kl, self.config.num_prompts * self.config.num_generations)
+        if self.config.dynamic_sampling:
+            local["sampled_groups"] = self.sampled_groups
+        if not math.isfinite(self.kl):
+            raise UserError(f"step {self.step}: the KL to the start is {self.kl}; lower learning_rate or raise beta")
+        shares = {f"share/{part}": seconds / wall for part, seconds in self.seconds.items()}
+        line = {**local, **numbers, **self.arithmetic.numbers(wall), "tokens_per_second": tokens / wall, **shares}
+        self.stage.log(self.step, **line)
+        for remark in self.doctor.look({"step": self.step, **line}):
+            self.stage.note(str(remark))
         self.stage.append("rollouts.jsonl", sample_rows(experience, self.step, self.tokenizer))
         progress.update(reward=local["reward"], length=local["completion_length"])
-
-    def _save(self) -> None:
-        def write(folder):
-            self.policy.save_pretrained(folder / "policy")
-            state = {"policy": self.policy_updater.state(), "tokens": self.tokens, "step": self.step}
-            if self.critic is not None:
-                self.critic.save_pretrained(folder / "critic")
-                state["critic"] = self.critic_updater.state()
-            write_state(folder, **state)
-
-        self.stage.save(self.step, write)
-
-    def _load(self, folder) -> None:
-        from safetensors.torch import load_model
-
-        load_model(self.policy, folder / "policy" / "model.safetensors")
-        state = read_state(folder)
-        self.policy_updater.load_state(state["policy"])
-        if self.critic is not None:
-            load_model(self.critic, folder / "critic" / "model.safetensors")
-            self.critic_updater.load_state(state["critic"])
-        self.tokens, self.step = state["tokens"], state["step"]
-
-
-def load_reference(base: ModelConfig, device):
-    """The policy as it was before RL, frozen: what the KL is measured against."""
-    return load_causal_lm(base).to(device).requires_grad_(False).eval()
-
-
-def mean(values) -> float:
-    return math.fsum(values) / len(values)
-
-
-def explained_variance(values: list, returns: list) -> float:
-    """1 - Var(returns - values) / Var(returns); 0 where the returns do not vary."""
-    predicted, actual = torch.cat(values), torch.cat(returns)
-    return (1 - (actual - predicted).var() / actual.var()).item() if actual.var() > 0 else 0.0

@@ -1,0 +1,70 @@
+"""PPO and GRPO recipes with the settings that make another run of them: adapters, tools, critics, other algorithms.
+
+Run: pytest tests/test_rl_recipes.py
+"""
+
+import json
+
+import pytest
+from recipe_runs import ROOT, argv, log, manifest, run
+
+pytestmark = pytest.mark.slow
+
+
+def finished(stage, chain, out, tmp_path, **settings):
+    done = run(argv(stage, chain, out, **settings), tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        ("grpo", {"use_peft": "true", "beta": 0.01, "lora_r": 4, "learning_rate": 1e-2}),
+        ("ppo", {"use_peft": "true", "critic": "trunk", "learning_rate": 1e-2}),
+        ("ppo", {"critic": "policy", "kl_in": "loss", "offload": "true", "whiten_rewards": "true"}),
+        ("grpo", {"rollout_ahead": 1, "dynamic_sampling": 0, "loss_type": "gspo", "layout": "packed"}),
+        ("grpo", {"advantage": "rloo", "beta": 0.05, "kl_target": 0.1, "dynamic_sampling": 2}),
+    ],
+    ids=["grpo lora", "ppo lora trunk", "ppo policy", "grpo ahead", "rloo"],
+)
+def test_settings_run_whole_and_leave_a_plain_checkpoint(small_chain, tmp_path, stage, settings):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "out"
+    finished(stage, small_chain, out, tmp_path, **settings)
+    lines, facts = log(out), manifest(out)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert any(line["grad_norm"] > 0 for line in lines)
+    assert facts["config"]["output_dir"] == str(out)
+    start, end = (load_file(folder / "model.safetensors") for folder in (small_chain / "sft", out))
+    assert start.keys() == end.keys() and any((start[name] != end[name]).any() for name in start)
+    assert (out / "adapter").is_dir() == ("use_peft" in settings)
+
+
+def test_a_tool_is_told_of_called_and_its_answer_is_not_learned(small_chain, tmp_path):
+    """SFT with the tools' template first; the model here is too small to call anything, so the prompt is what shows:
+    the tools stand in it, and the run ends as any other."""
+    template = ROOT / "chat_templates" / "chatml_tools.jinja"
+    sft = tmp_path / "sft"
+    finished("sft", small_chain, sft, tmp_path, chat_template_path=template)
+    out = tmp_path / "out"
+    settings = {"model_name_or_path": sft, "tools": "calculator", "max_steps": 2, "max_prompt_length": 400}
+    finished("grpo", small_chain, out, tmp_path, **settings)
+    first = json.loads((out / "rollouts.jsonl").read_text().splitlines()[0])
+    assert "calculator" in first["prompt"] and "expression" in first["prompt"]
+
+
+def test_tools_need_a_template_that_can_render_them(small_chain, tmp_path):
+    done = run(argv("grpo", small_chain, tmp_path / "out", tools="calculator"), tmp_path)
+    assert done.returncode == 2 and "chatml_tools" in done.stderr
+
+
+def test_an_unknown_tool_and_a_contradiction_are_named_by_the_dry_run_and_the_run(small_chain, tmp_path):
+    for settings, words in (
+        ({"tools": "calcluator"}, "calculator"),
+        ({"advantage": "gae"}, "recipes/ppo.py"),
+        ({"reward_funcs": "correct", "reward_options": "{correct: {speed: 1}}"}, "speed"),
+    ):
+        done = run(argv("grpo", small_chain, tmp_path / "out", **settings), tmp_path)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
