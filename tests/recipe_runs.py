@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 STAGES = ("tokenizer", "pretrain", "sft", "reward", "ppo", "grpo")
 TRAINED = STAGES[1:]
 # One attention head of 32: vLLM on CPU has no kernel for heads of 16.
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1,
+    "max_position_embeddings": 1024,
+}  # fmt: skip
 REPLIES = {"eval_max_rows": 6, "eval_num_generations": 2, "eval_max_tokens": 8, "use_vllm": "false"}
 STEPS = {"max_steps": 8, "logging_steps": 1, "save_steps": 0, "warmup_steps": 2}
 SMALL = {
@@ -55,6 +58,16 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu"
 def vowels(prompts, completions, completion_ids, **columns) -> list[float]:
     """A reward that varies between the replies of an untrained model, which no problem's answer does."""
     return [sum(letter in "aeiou" for letter in text) / (1 + len(text)) for text in completions]
+
+
+def add(a: int, b: int) -> str:
+    """Adds two numbers.
+
+    Args:
+        a: one
+        b: the other
+    """
+    return str(a + b)
 
 
 def call(command: list, *, cwd=ROOT, **env) -> subprocess.CompletedProcess:
@@ -144,7 +157,7 @@ def manifest(folder: Path) -> dict:
 def log(folder: Path, name: str = "log.jsonl") -> list[dict]:
     """Lines of a JSONL file without what is timed."""
     lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    timed = ("time", "tokens_per_second", "share/")
+    timed = ("time", "tokens_per_second", "share/", "mfu", "memory_gb")
     return [{key: value for key, value in line.items() if not key.startswith(timed)} for line in lines]
 
 

@@ -226,6 +226,9 @@ def test_commands_of_the_readme(small_chain, line, monkeypatch, capsys, tmp_path
         recipe = chain.import_recipe(Path(launch.training_script))
         args.parse(recipe.ARGS, launch.training_script_args)
         return
+    if words[1] == "serve":  # it would go on for ever: tests/test_engine_server.py talks to one
+        assert cli.parser().parse_args(words[1:]).model == str(small_chain / "sft")
+        return
     parent = ["--model_name_or_path", str(small_chain / "pretrain"), "--max_rows", "50", "--max_length", "320"]
     extra = {
         "run": ["--dry-run"], "chat": ["--prompt", "Hello", "--max_new_tokens", "2"], "inspect": parent,

@@ -50,15 +50,15 @@ def check(found: dict, text: str, kinds: set[str], completions: int, limit: int)
 
 
 def test_grpo_beside_trl_runs_and_counts(tmp_path):
-    kinds = {"ours, generate", "TRL tuned, generate"}
+    kinds = {"ours, transformers", "TRL tuned, generate"}
     flags = ["--num_prompts", 2, "--num_generations", 4, "--kinds", *sorted(kinds)]
     found, text = run("grpo_vs_trl", tmp_path / "grpo", *flags)
     check(found, text, kinds, completions=8, limit=8)
-    assert found["ours over"].keys() == {"ours, generate / TRL tuned, generate"} and found["left out"] == {}
+    assert found["ours over"].keys() == {"ours, transformers / TRL tuned, generate"} and found["left out"] == {}
 
 
 def test_ppo_beside_trl_112_runs_and_counts_or_says_how_to_get_it(tmp_path):
-    ours = {"ours, generate"}
+    ours = {"ours, transformers"}
     peer = ["--trl112", TRL112] if TRL112 else []
     flags = ["--num_prompts", 4, "--kinds", *sorted(ours), "TRL tuned", *peer]
     found, text = run("ppo_vs_trl", tmp_path / "ppo", *flags)
@@ -69,7 +69,7 @@ def test_ppo_beside_trl_112_runs_and_counts_or_says_how_to_get_it(tmp_path):
 
 
 def test_a_trainer_that_fails_ends_the_comparison_with_its_log(tmp_path):
-    script, flags = FOLDER / "grpo_vs_trl.py", ["--kinds", "ours, generate", "--num_generations", 1]
+    script, flags = FOLDER / "grpo_vs_trl.py", ["--kinds", "ours, transformers", "--num_generations", 1]
     done = call([sys.executable, script, *SIZE, *flags, "--out", tmp_path / "grpo"])
     assert done.returncode != 0 and "num_generations: found 1" in done.stderr
     assert not (tmp_path / "grpo.json").exists()

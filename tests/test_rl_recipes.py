@@ -49,10 +49,10 @@ def test_a_tool_is_told_of_called_and_its_answer_is_not_learned(small_chain, tmp
     sft = tmp_path / "sft"
     finished("sft", small_chain, sft, tmp_path, chat_template_path=template)
     out = tmp_path / "out"
-    settings = {"model_name_or_path": sft, "tools": "calculator", "max_steps": 2, "max_prompt_length": 400}
+    settings = {"model_name_or_path": sft, "tools": "recipe_runs.add", "max_steps": 2}
     finished("grpo", small_chain, out, tmp_path, **settings)
     first = json.loads((out / "rollouts.jsonl").read_text().splitlines()[0])
-    assert "calculator" in first["prompt"] and "expression" in first["prompt"]
+    assert '"name": "add"' in first["prompt"] and "Adds two numbers" in first["prompt"]
 
 
 def test_tools_need_a_template_that_can_render_them(small_chain, tmp_path):

@@ -24,17 +24,17 @@ import torch
 from posttrain.rl.rollout import EngineConfig, make_engine
 
 KINDS = {
-    "ours, generate": ("ours", {"use_vllm": "false"}),
+    "ours, transformers": ("ours", {"use_vllm": "false"}),
     "ours, vLLM": ("ours", {"use_vllm": "true"}),
     "TRL tuned, generate": ("trl", {"tuned": True}),
     "TRL tuned, vLLM": ("trl", {"tuned": True, "use_vllm": True}),
     "TRL default, generate": ("trl", {"tuned": False}),
 }
 PAIRS = [
-    ("ours, generate", "TRL tuned, generate"),
+    ("ours, transformers", "TRL tuned, generate"),
     ("ours, vLLM", "TRL tuned, vLLM"),
     ("ours, vLLM", "TRL tuned, generate"),
-    ("ours, generate", "TRL default, generate"),
+    ("ours, transformers", "TRL default, generate"),
 ]
 GOAL = "Goal: a step 1.3 x as fast as TRL's with `generate` on CPUs; on one H200 1.5 x, scoring and update 2 x."
 
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     notes = [
         f"{options.num_prompts} prompts x {options.num_generations} completions of at most "
         f"{options.max_completion_length} tokens, reward `{reward_name(options)}`, {options.dtype} weights.",
+        "`ours, transformers` samples by a loop of our own over transformers' model and cache, TRL by `generate`.",
         "TRL's vLLM on a CPU has its weight sync replaced by ours (its own dies there), and runs eager as ours does.",
     ]
     rl_tables.write(result, "GRPO beside TRL", PAIRS, GOAL, notes, options.out)
