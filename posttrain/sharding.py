@@ -1,4 +1,4 @@
-"""Who trains with whom, and models whose weights lie in parts over the processes (FSDP2).
+"""Who trains with whom, and models whose weights lie in parts over the processes (FSDP2, or DeepSpeed ZeRO-3).
 
 In: what `accelerate launch` was asked for, and a model. Out: the model sharded in place, its weights gathered one at
 a time or all at once, and states for checkpoints that any number of processes can load, sharded or not.
@@ -9,7 +9,8 @@ a time or all at once, and states for checkpoints that any number of processes c
     unshard(module)  # training is over
 
 Accelerate's own FSDP2 takes one model, and on CPUs none: it trains with DDP there and says nothing. It gives us the
-launcher, the processes and the precision; `recipes/accelerate/fsdp2.yaml` is its file.
+launcher, the processes and the precision; `recipes/accelerate/fsdp2.yaml` is its file. Everything here but `shard`
+takes what DeepSpeed has split as well (posttrain/zero.py, `recipes/accelerate/deepspeed_zero3.yaml`).
 """
 
 import os
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from posttrain import zero
 from posttrain.errors import UserError
 
 # Settings of Accelerate's FSDP that would change what happens, and the only value that this code has.
@@ -35,14 +37,14 @@ ONLY = {
 
 
 def asked() -> str:
-    """How `accelerate launch` was asked to spread a model: "fsdp2" or "ddp" (a whole one on each process).
+    """How `accelerate launch` was asked to spread a model: "fsdp2", "zero3" or "ddp" (a whole one on each process).
 
-    UserError for what this package does not do: DeepSpeed, and settings of FSDP other than those in ONLY.
+    UserError for what this package does not do: settings of FSDP or DeepSpeed other than those in the two ONLY.
     """
     from accelerate.utils import parse_flag_from_env
 
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(DEEPSPEED)
+    if zero.wanted():
+        return "zero3"
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return "ddp"
     for variable, (key, value, why) in ONLY.items():
@@ -52,17 +54,13 @@ def asked() -> str:
     return "fsdp2"
 
 
-DEEPSPEED = (
-    "DeepSpeed: found in Accelerate's settings, expected FSDP2, which spreads the same things "
-    "(DeepSpeed keeps weights and moments in buffers of its own, which no checkpoint of posttrain restores): "
-    "launch with recipes/accelerate/fsdp2.yaml"
-)
+NAMES = {"fsdp2": "FSDP2", "zero3": "DeepSpeed ZeRO-3"}
 
 
 def refuse_shards(name: str, why: str) -> None:
-    """UserError where `accelerate launch` was asked for FSDP2 and stage `name` has no way to do it."""
-    if asked() != "ddp":
-        raise UserError(f"{name}: no FSDP2 here ({why}): launch it with recipes/accelerate/ddp.yaml")
+    """UserError where `accelerate launch` was asked for shards and stage `name` has no way to make them."""
+    if (how := asked()) != "ddp":
+        raise UserError(f"{name}: no {NAMES[how]} here ({why}): launch it with recipes/accelerate/ddp.yaml")
 
 
 def processes():
@@ -74,7 +72,8 @@ def processes():
     import accelerate
     from accelerate.utils import parse_flag_from_env
 
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    how, launched = asked(), int(os.environ.get("WORLD_SIZE", "1"))
+    zero.keep_from_accelerate()
     if launched > 1 and not torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else each looks for a GPU, and trains alone without one
     # `Accelerator()` reads this flag by itself, `PartialState()` does not, and whoever comes first decides.
@@ -91,8 +90,8 @@ def processes():
             "several processes were asked for, but `accelerate launch` started one (it does so with --cpu, or with "
             "distributed_type NO): take recipes/accelerate/two_cpu_processes.yaml or ddp.yaml, or --num_processes 1"
         )
-    if asked() == "fsdp2" and process.num_processes == 1:
-        raise UserError("FSDP2 was asked for, but there is one process: --num_processes 2, or one_process.yaml")
+    if how != "ddp" and process.num_processes == 1:
+        raise UserError(f"{NAMES[how]} was asked for, but there is one process: --num_processes 2, or one_process.yaml")
     return process
 
 
@@ -104,8 +103,9 @@ def describe(process) -> str:
     machines = count // int(os.environ.get("LOCAL_WORLD_SIZE", count))
     where = f"{process.device.type} ({torch.distributed.get_backend()})"
     spread = f" on {machines} machines" if machines > 1 else ""
-    how = f"FSDP2: parameters in {count} shards" if asked() == "fsdp2" else "DDP: a whole model each"
-    return f"{count} processes{spread} on {where}, {how}"
+    how = asked()
+    what = "DDP: a whole model each" if how == "ddp" else f"{NAMES[how]}: parameters in {count} shards"
+    return f"{count} processes{spread} on {where}, {what}"
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -130,15 +130,11 @@ def shard(module: nn.Module, accelerator) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if any(not parameter.dtype.is_floating_point for parameter in module.parameters()):
-        raise UserError("load_in_4bit: FSDP2 does not spread 4-bit weights; take recipes/accelerate/ddp.yaml")
-    for tensor in (*module.parameters(), *module.buffers()):
-        torch.distributed.broadcast(tensor.data, 0)
+    _same_start(module, accelerator)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     options = {"mesh": mesh, "reshard_after_forward": True}
     if accelerator.mixed_precision == "bf16":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        module.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(module.forward)
     for block in blocks(module):
         fully_shard(block, **options)
     fully_shard(module, **options)
@@ -149,23 +145,47 @@ def shard(module: nn.Module, accelerator) -> nn.Module:
     return module
 
 
+def shard_by_deepspeed(module: nn.Module, groups: list[dict], optimizer, accelerator, max_norm: float):
+    """The same by DeepSpeed, whose engine comes back: call it. Gathered weights are fp32, with bf16, too."""
+    _same_start(module, accelerator)
+    return zero.split(module, groups, optimizer, max_norm)
+
+
+def _same_start(module: nn.Module, accelerator) -> None:
+    if any(not parameter.dtype.is_floating_point for parameter in module.parameters()):
+        raise UserError("load_in_4bit: 4-bit weights cannot be in shards; take recipes/accelerate/ddp.yaml")
+    for tensor in (*module.parameters(), *module.buffers()):
+        torch.distributed.broadcast(tensor.data, 0)
+    if accelerator.mixed_precision == "bf16":
+        module.forward = torch.autocast(accelerator.device.type, torch.bfloat16)(module.forward)
+
+
 def is_sharded(module: nn.Module) -> bool:
+    return any(_in_parts(parameter) for parameter in module.parameters())
+
+
+def _in_parts(tensor: Tensor) -> bool:
     from torch.distributed.tensor import DTensor
 
-    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    return isinstance(tensor, DTensor) or zero.is_split(tensor)
 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, without gradient (every process takes part); any other one as it is."""
     from torch.distributed.tensor import DTensor
 
+    if zero.is_split(tensor):
+        return zero.full(tensor)
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @torch.no_grad()
 def fill(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole `value`, which every process has, into a tensor that may be sharded. Nothing is sent."""
-    tensor.copy_(_like(tensor, value))
+    if zero.is_split(tensor):
+        zero.fill(tensor, value)
+    else:
+        tensor.copy_(_like(tensor, value))
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:
@@ -183,14 +203,13 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     At most one decoder layer, or all that is outside of them, is whole at a time. Every process must iterate to the
     end where the model is sharded. `model` is the transformers model itself.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     from posttrain.lora import merged_weights
 
     if not is_sharded(model):
         yield from merged_weights(model)
         return
-    names = [name for name, part in model.named_modules() if name and isinstance(part, FSDPModule)]
+    inside = set(blocks(model))
+    names = [name for name, part in model.named_modules() if name and part in inside]
     layers = {name: model.get_submodule(name) for name in names if not any(name.startswith(f"{n}.") for n in names)}
     for name, layer in layers.items():
         with _whole(layer):
@@ -212,6 +231,10 @@ def _whole(module: nn.Module):
     """For a while every sharded parameter of `module` stands as a whole in its place."""
     from torch.distributed.tensor import DTensor
 
+    if any(map(zero.is_split, module.parameters())):
+        with zero.whole(module):
+            yield
+        return
     places = [(part, leaf, p) for part in module.modules() for leaf, p in part.named_parameters(recurse=False)]
     places = [place for place in places if isinstance(place[2], DTensor)]
     whole = {}
@@ -310,6 +333,10 @@ def gathered(module: nn.Module):
     """
     from torch.distributed.fsdp import FSDPModule
 
+    if any(map(zero.is_split, module.parameters())):
+        with zero.gathered(module):
+            yield module
+        return
     units = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -336,6 +363,8 @@ def unshard(module: nn.Module) -> nn.Module:
 
     Its optimizer is of no use any more. Every process takes part. Nothing where it is not sharded.
     """
+    if any(map(zero.is_split, module.parameters())):
+        return zero.unsplit(module)
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor import DTensor
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from posttrain import sharding
+from posttrain import sharding, zero
 from posttrain.args import arg
 from posttrain.errors import UserError
 
@@ -65,8 +65,8 @@ def require_multiple(config, key: str, world: int) -> None:
 
 
 class Updater:
-    """AdamW over one model on all processes: whole on each (DDP), or sharded where FSDP2 was asked for. `model` is the
-    prepared module: call it, never the bare one, in a loss.
+    """AdamW over one model on all processes: whole on each (DDP), or sharded where FSDP2 or DeepSpeed ZeRO-3 was asked
+    for. `model` is the prepared module: call it, never the bare one, in a loss.
 
     learning_rates: peak of parameters whose names begin so, e.g. {"value_head": 1e-4}; `learning_rate` for the rest.
     Whether dropout is on is the caller's choice: RL leaves the model in eval mode, since the engine has none either.
@@ -78,15 +78,21 @@ class Updater:
     ):  # fmt: skip
         self.accelerator, self.config, self.total_steps, self.updates = accelerator, config, total_steps, 0
         self.peak = config.learning_rate if learning_rate is None else learning_rate
-        self.sharded = sharding.asked() == "fsdp2"
+        how = sharding.asked()
+        self.sharded, self.by_deepspeed = how != "ddp", how == "zero3"
         self.padding = False  # whether `loss_of` runs only to keep step with processes that have more micro-batches
-        if self.sharded:
+        if how == "fsdp2":
             sharding.shard(model, accelerator)
         groups = parameter_groups(model, self.peak, config.weight_decay, learning_rates or {})
         self.peaks = [group["lr"] for group in groups]
+        self.parameters = [list(group["params"]) for group in groups]
         optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, config.adam_beta2))
         # Accelerate prepares neither two models under FSDP2 nor any on CPUs; what it would add, `shard` has done.
-        self.model, self.optimizer = (model, optimizer) if self.sharded else accelerator.prepare(model, optimizer)
+        if self.by_deepspeed:
+            self.model = sharding.shard_by_deepspeed(model, groups, optimizer, accelerator, config.max_grad_norm)
+            self.optimizer = self.model.optimizer
+        else:
+            self.model, self.optimizer = (model, optimizer) if self.sharded else accelerator.prepare(model, optimizer)
 
     def step(self, micro_batches: Sequence, loss_of: Callable, name_rows: Callable[[], str]) -> dict[str, float]:
         """One optimizer step. `loss_of(micro_batch)` returns that micro-batch's share of the step's loss.
@@ -107,7 +113,8 @@ class Updater:
                 loss = loss_of(micro_batches[min(index, count - 1)])
                 if self.padding:
                     loss = loss * 0
-                self.accelerator.backward(loss * world)  # gradients are averaged; shares are to be summed
+                backward = self.model.backward if self.by_deepspeed else self.accelerator.backward
+                backward(loss * world)  # gradients are averaged; shares are to be summed
             losses.append(loss.detach())
         self.padding = False
         total = self.accelerator.reduce(torch.stack(losses).sum(), "sum")
@@ -118,7 +125,7 @@ class Updater:
                 f"update {self.updates + 1}: loss {total.item()}, gradient norm {norm.item()}; stopped before it. "
                 f"Rows: {name_rows()}. Lower learning_rate or look at these rows"
             )
-        self.optimizer.step()
+        (self.model if self.by_deepspeed else self.optimizer).step()
         self.optimizer.zero_grad()
         self.updates += 1
         return {"loss": total.item(), "grad_norm": norm.item(), "learning_rate": self.peak * factor}
@@ -133,7 +140,10 @@ class Updater:
     @contextmanager
     def _syncing(self, last: bool):
         """Gradients travel between processes once a step, with its last micro-batch."""
-        if self.sharded:
+        if self.by_deepspeed:  # where they travel with each micro-batch
+            self.model.set_gradient_accumulation_boundary(last)
+            yield
+        elif self.sharded:
             self.model.set_requires_gradient_sync(last)
             yield
         else:
@@ -142,6 +152,8 @@ class Updater:
 
     def _clip(self) -> torch.Tensor:
         """Clip the gradient; returns the norm of all of it, wherever its parts are, before."""
+        if self.by_deepspeed:
+            return zero.gradient_norm(self.model)  # its step clips
         if not self.sharded:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
             return torch.as_tensor(norm)
@@ -149,11 +161,18 @@ class Updater:
 
     def state(self) -> dict:
         """What a resumed run needs beside the weights. The main process has it; where sharded, all have to ask."""
-        return {"optimizer": sharding.optimizer_state(self.optimizer), "updates": self.updates}
+        if self.by_deepspeed:
+            optimizer = zero.optimizer_state(self.model, self.parameters)
+        else:
+            optimizer = sharding.optimizer_state(self.optimizer)
+        return {"optimizer": optimizer, "updates": self.updates}
 
     def load_state(self, state: dict) -> None:
         """Take over what `state` gave, however many processes there were, sharded or not; each has all of it."""
-        sharding.load_optimizer_state(self.optimizer, state["optimizer"])
+        if self.by_deepspeed:
+            zero.load_optimizer_state(self.model, self.parameters, state["optimizer"])
+        else:
+            sharding.load_optimizer_state(self.optimizer, state["optimizer"])
         self.updates = state["updates"]
 
 

@@ -24,6 +24,7 @@ WORDS = {
     "vllm_mode": ("colocate", "server"),
     "vllm_enable_sleep_mode": ("auto", "true", "false"),
     "vllm_lora": ("merge", "adapter"),
+    "vllm_sync": ("auto", "group", "memory"),
 }
 
 
@@ -44,6 +45,12 @@ class EngineConfig:
     vllm_server_host: str = arg("127.0.0.1", help="host of the server")
     vllm_server_port: int = arg(8000, help="port of the server")
     vllm_server_timeout: float = arg(240.0, help="seconds to wait for the server to be up")
+    vllm_sync: str = arg(
+        "auto",
+        help="how weights reach the server. group: a process group, NCCL on GPUs, gloo on CPU; memory: shared memory "
+        "of one machine; auto: memory where both are on one machine without a GPU for each, else group",
+    )
+    vllm_group_port: int = arg(0, help="port of this machine where the server's workers find the group; 0: a free one")
     vllm_timeout: float = arg(600.0, help="seconds that one call of an engine may take; then the run ends")
     vllm_kv_cache_gb: float = arg(1.0, help="memory for vLLM's key-value cache, in GiB")
     vllm_gpu_memory_utilization: float | None = arg(
@@ -63,6 +70,8 @@ class EngineConfig:
             if value not in words:
                 raise UserError(f"{key}: found {value!r}, expected {', '.join(words[:-1])} or {words[-1]}")
         at_least(self, vllm_max_num_seqs=1)
+        if not 0 <= self.vllm_group_port <= 65535:
+            raise UserError(f"vllm_group_port: found {self.vllm_group_port}, expected 0 to 65535")
         for key in ("vllm_server_timeout", "vllm_timeout", "vllm_kv_cache_gb"):
             if getattr(self, key) <= 0:
                 raise UserError(f"{key}: found {getattr(self, key)}, expected more than 0")

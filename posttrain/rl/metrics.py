@@ -34,8 +34,8 @@ class TokenSums:
         return {key: (a / max(n, 1)).item() for key, (a, n) in zip(sorted(self.sums), totals, strict=True)}
 
 
-def experience_numbers(experience: Experience) -> dict[str, float]:
-    """Means over this process's completions."""
+def experience_numbers(experience: Experience, *, tools: bool = False) -> dict[str, float]:
+    """Means over this process's completions; the keys are the same on every process. `tools`: theirs, too."""
     rollouts = experience.rollouts
     groups = experience.rewards.view(-1, rollouts.num_generations)
     numbers = {
@@ -58,9 +58,10 @@ def experience_numbers(experience: Experience) -> dict[str, float]:
         numbers["kl"] = mean(kl_of_replies(experience))
     if experience.returns is not None:
         numbers["explained_variance"] = explained_variance(experience.values, experience.returns)
-    tools = [c.mask.count(0) for c in rollouts.completions if c.mask is not None]
     if tools:
-        numbers["tool_tokens"] = sum(tools) / len(rollouts.completions)
+        answers = [0 if c.mask is None else c.mask.count(0) for c in rollouts.completions]
+        numbers["tool_tokens"] = mean(answers)
+        numbers["tool_share"] = mean([answer > 0 for answer in answers])
     return numbers
 
 

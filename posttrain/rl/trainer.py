@@ -7,7 +7,7 @@ critic. Out: the trained policy in place, log.jsonl and rollouts.jsonl in the st
 
 import math
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -127,6 +127,10 @@ class RLTrainer:
                     stack.enter_context(sharding.gathered(updater.model))
             yield
 
+    def _precision(self):
+        """What `bf16` asks for, as in the update; sharded networks bring theirs with them."""
+        return nullcontext() if self.policy_updater.sharded else self.accelerator.autocast()
+
     def collect(self) -> Experience:
         """This step's completions with their rewards; rollout_ahead: those sampled while the last step trained."""
         try:
@@ -191,7 +195,7 @@ class RLTrainer:
         how = (self.layout, config.temperature, config.max_tokens_per_microbatch)
         passes = 1 + (self.loss.old_logps == "trainer") + (self.reference is not None)  # 1: the engine's own
         self.arithmetic.add(passes * rollouts.num_tokens, passes * len(rollouts.rows), "forward")
-        with self._timed("score"), self._whole():
+        with self._timed("score"), self._whole(), self._precision():
             if self.loss.old_logps == "trainer":
                 experience.behaviour_logps = experience.old_logps
                 experience.old_logps = rollout_logps(self.policy, rollouts, *how)
@@ -333,7 +337,7 @@ class RLTrainer:
 
     def log(self, experience: Experience, numbers: dict, wall: float, progress: Progress) -> None:
         """One line of log.jsonl a step; a few rollouts with it."""
-        local = experience_numbers(experience)
+        local = experience_numbers(experience, tools=bool(self.config.tools))
         world = self.accelerator.num_processes
         averaged = self._sum(torch.tensor(list(local.values()), dtype=torch.float64)) / world
         local = dict(zip(local, averaged.tolist(), strict=True))

@@ -1,14 +1,17 @@
 """What `posttrain serve` adds to vLLM's own server: routes for a trainer, and a guard before all routes.
 
-In: HTTP requests with token ids, or with the folder that new weights lie in. Out: JSON with token ids and
-log-probabilities. vLLM loads `TrainerRoutes` inside the server (`--middleware`).
+In: HTTP requests with token ids, or with the folder or the process group that new weights come through. Out: JSON with
+token ids and log-probabilities. vLLM loads `TrainerRoutes` inside the server (`--middleware`).
 
     GET  /posttrain/info       what is served
     POST /posttrain/generate   {"weights": V, "prompts": [[ids]], "seeds": [[one a sample]], "sampling": {...}}
     POST /posttrain/load       {"weights": V, "folder": path}; from this machine only
+    POST /posttrain/group      {"group": G, "port": P, "size": N, "backend": B, "timeout": seconds}
+    POST /posttrain/receive    {"weights": V, "group": G, "timeout": seconds}
 
 Every set of weights has a name, V; a request that names another one than the server has is refused, so that nobody
-samples from the weights of another trainer or of a server that was started anew.
+samples from the weights of another trainer or of a server that was started anew. So has every group, G: the workers
+connect to port P of the machine that asks, and of no other one, and are ranks 1 to N - 1 (see rl/weight_group.py).
 """
 
 import asyncio
@@ -39,11 +42,12 @@ class TrainerRoutes:
     """ASGI middleware around vLLM's application."""
 
     def __init__(self, app):
-        self.app, self.weights, self.loading = app, None, asyncio.Lock()
+        self.app, self.weights, self.group, self.devices = app, None, None, []
+        self.loading = asyncio.Lock()
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":  # once, when the engine is up and before requests are taken
-            await scope["app"].state.engine_client.collective_rpc("posttrain_prepare")
+            self.devices = await scope["app"].state.engine_client.collective_rpc("posttrain_prepare")
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
@@ -66,12 +70,16 @@ class TrainerRoutes:
         engine = scope["app"].state.engine_client
         call = (scope["method"], scope["path"])
         if call == ("GET", "/posttrain/info"):
-            return {**describe(engine), "weights": self.weights}
+            return {**describe(engine), "devices": self.devices, "weights": self.weights}
         if call == ("POST", "/posttrain/generate"):
             body = await read_json(receive)
             return await until_disconnect(receive, self._generate(engine, body))
         if call == ("POST", "/posttrain/load"):
             return await self._load(engine, await read_json(receive))
+        if call == ("POST", "/posttrain/group"):
+            return await self._join(engine, str(address(scope)), await read_json(receive))
+        if call == ("POST", "/posttrain/receive"):
+            return await self._receive(engine, await read_json(receive))
         raise Refused(404, f"no route {' '.join(call)}")
 
     async def _generate(self, engine, body: dict) -> dict:
@@ -103,15 +111,40 @@ class TrainerRoutes:
         if not folder.name.startswith(WEIGHT_FOLDER) or not list(folder.glob("*.safetensors")):
             raise Refused(400, f"folder: found {folder}, expected {WEIGHT_FOLDER}* with safetensors files in it")
         async with self.loading:
-            self.weights = None  # what is half loaded answers to no name
-            await engine.pause_generation(mode="wait", clear_cache=True)
+            return await self._replace(engine, body["weights"], "posttrain_load", str(folder))
+
+    async def _join(self, engine, host: str, body: dict) -> dict:
+        places = (host, int(body["port"]), int(body["size"]), body["backend"], float(body["timeout"]))
+        if body["backend"] not in ("gloo", "nccl") or places[2] != len(self.devices) + 1:
+            raise Refused(400, f"group: found {places}, expected gloo or nccl, and {len(self.devices) + 1} ranks")
+        async with self.loading:
+            self.group = None
+            await engine.collective_rpc("posttrain_join", args=places)
+            self.group = body["group"]
+        return {"group": self.group}
+
+    async def _receive(self, engine, body: dict) -> dict:
+        async with self.loading:
+            if not self.group or body["group"] != self.group:
+                raise Refused(
+                    409, "another trainer formed a group with this server; every trainer needs a server of its own"
+                )
             try:
-                await engine.collective_rpc("posttrain_load", args=(str(folder),))
-                await engine.reset_prefix_cache()
-            finally:
-                await engine.resume_generation()
-            self.weights = body["weights"]
-        return {"weights": self.weights}
+                return await self._replace(engine, body["weights"], "posttrain_receive", float(body["timeout"]))
+            except Exception:
+                self.group = None  # its workers left it
+                raise
+
+    async def _replace(self, engine, name: str, method: str, argument) -> dict:
+        self.weights = None  # what is half loaded answers to no name
+        await engine.pause_generation(mode="wait", clear_cache=True)
+        try:
+            await engine.collective_rpc(method, args=(argument,))
+            await engine.reset_prefix_cache()
+        finally:
+            await engine.resume_generation()
+        self.weights = name
+        return {"weights": name}
 
 
 def describe(engine) -> dict:
@@ -153,13 +186,19 @@ def check(scope) -> None:
 
 def is_local(scope) -> bool:
     """Whether the other end of the connection is on this machine."""
+    found = address(scope)
+    return found is not None and found.is_loopback
+
+
+def address(scope) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """Who asks; None where the connection does not say."""
     if not scope.get("client"):
-        return False
+        return None
     try:
-        address = ipaddress.ip_address(scope["client"][0])
+        found = ipaddress.ip_address(scope["client"][0])
     except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+        return None
+    return getattr(found, "ipv4_mapped", None) or found
 
 
 async def read_json(receive) -> dict:

@@ -1,11 +1,12 @@
 """A vLLM server as an engine: `posttrain serve MODEL` runs it, any number of trainer processes sample from it.
 
 In: prompts as token ids; weights as (name, whole tensor). Out: the very completions that vLLM inside this process
-would sample. Weights travel as safetensors files in shared memory, which the server reads in place: trainer's main
-process and server are on one machine.
+would sample. Weights travel from the trainer's main process through a process group with the server's workers
+(rl/weight_group.py), or on one machine as safetensors files in shared memory, which the server reads in place.
 """
 
 import http.client
+import ipaddress
 import json
 import os
 import secrets
@@ -13,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,9 +25,11 @@ from posttrain.rl.engine import EngineConfig, EngineError, Sampling, request_see
 from posttrain.rl.types import Completion
 from posttrain.rl.vllm_engine import sampling_fields
 from posttrain.rl.vllm_worker import WEIGHT_FOLDER
+from posttrain.rl.weight_group import backend_for, buckets, describe_device, form, in_background, sync_way
 
 SHARED_MEMORY = Path("/dev/shm")
 BUCKET = 512 * 2**20  # bytes of one file
+LAST_WORD = 5.0  # seconds for the server's reason to come after a group broke
 CONNECT_TRIES, CONNECT_PAUSE = 3, 0.5  # before anything is sent, trying again is safe; seconds between
 
 
@@ -58,6 +62,14 @@ class VLLMServerEngine:
                 f"{self.url} takes {info['max_model_len']} tokens of prompt and completion, this run needs "
                 f"{max_model_len}: posttrain serve ... --max_model_len {max_model_len}"
             )
+        device = next(model.parameters()).device
+        own, self.workers = describe_device(device), info["devices"]
+        self.address = self._own_address()
+        self.way = sync_way(config.vllm_sync, ipaddress.ip_address(self.address).is_loopback, own, self.workers)
+        self.backend, self.group_port = backend_for(own, self.workers), config.vllm_group_port
+        self.device = device if self.backend == "nccl" else torch.device("cpu")
+        self.group, self.group_name = None, None
+        self.name += f", weights through {self.backend if self.way == 'group' else 'shared memory'}"
         self.sync_weights(model)
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
@@ -88,17 +100,59 @@ class VLLMServerEngine:
     def _send(self, model) -> list[str | None]:
         """[name of the weights, None], or [None, why they did not arrive]."""
         weights, name = self.weights_of(model), secrets.token_hex(8)
-        folder = Path(tempfile.mkdtemp(prefix=WEIGHT_FOLDER, dir=roomy_folder(model)))
         try:
-            write_weights(weights, folder)
-            self._request("POST", "/posttrain/load", {"weights": name, "folder": str(folder)})
+            if self.way == "group":
+                self._send_to_group(weights, name)
+            else:
+                self._send_files(weights, name, roomy_folder(model))
             return [name, None]
         except Exception as error:  # every process raises it in sync_weights; this one alone would leave them waiting
             return [None, f"weights for {self.url}: {error if isinstance(error, EngineError) else repr(error)}"]
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
             for _ in weights:  # the other processes are still gathering, and wait for this one
                 pass
+
+    def _send_files(self, weights: Iterator, name: str, place: Path) -> None:
+        folder = Path(tempfile.mkdtemp(prefix=WEIGHT_FOLDER, dir=place))
+        try:
+            write_weights(weights, folder)
+            self._request("POST", "/posttrain/load", {"weights": name, "folder": str(folder)})
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _send_to_group(self, weights: Iterator, name: str) -> None:
+        """A group that failed is left; the next sync forms a new one."""
+        if self.group is None:
+            self.group_name = secrets.token_hex(8)
+            self.group = form(
+                self.address, self.group_port, len(self.workers), self.backend, self.device, self.timeout,
+                lambda fields: self._request("POST", "/posttrain/group", {"group": self.group_name, **fields}),
+            )  # fmt: skip
+        body = {"weights": name, "group": self.group_name, "timeout": self.timeout}
+        answer = in_background(lambda: self._request("POST", "/posttrain/receive", body))
+
+        def watch() -> None:
+            if answer.done():
+                answer.result()
+
+        try:
+            self.group.send(weights, watch)
+            answer.result()
+        except Exception as error:
+            self.group.close()
+            self.group = None
+            if isinstance(error, RuntimeError):  # a rank is gone; what comes from the server says it more plainly
+                with suppress(TimeoutError):
+                    answer.result(LAST_WORD)
+            raise
+
+    def _own_address(self) -> str:
+        """This machine's address, as the server sees it."""
+        connection = self._connect(self.timeout)
+        try:
+            return connection.sock.getsockname()[0]
+        finally:
+            connection.close()
 
     def _wait(self, seconds: float, note) -> dict:
         end = time.monotonic() + seconds
@@ -176,19 +230,9 @@ def write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> 
     """Safetensors files of at most about BUCKET bytes each; never more than that is held beside the model."""
     from safetensors.torch import save_file
 
-    bucket: dict[str, torch.Tensor] = {}
-    places, size, number = set(), 0, 0
-    for name, tensor in weights:
-        whole = tensor.detach().contiguous().cpu()
-        if whole.data_ptr() in places:
-            continue  # tied weights have two names; checkpoints hold them once
-        if bucket and size + whole.nbytes > BUCKET:
-            save_file(bucket, folder / f"{number:05d}.safetensors")
-            bucket, places, size, number = {}, set(), 0, number + 1
-        bucket[name] = whole
-        places.add(whole.data_ptr())
-        size += whole.nbytes
-    save_file(bucket, folder / f"{number:05d}.safetensors")
+    for number, bucket in enumerate(buckets(weights, BUCKET)):
+        on_cpu = {name: tensor.cpu() for name, tensor in bucket.items()}
+        save_file(on_cpu, folder / f"{number:05d}.safetensors")
 
 
 def roomy_folder(model) -> Path:

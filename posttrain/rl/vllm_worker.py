@@ -17,14 +17,58 @@ SERVER_PID = "POSTTRAIN_SERVER_PID"  # environment variable with the process id 
 class WeightLoader:
     """Methods for the worker of a server (`worker_extension_cls`), called by name."""
 
-    def posttrain_prepare(self) -> None:
+    def posttrain_prepare(self) -> str:
+        """What the worker runs on, see `describe_device`."""
+        from posttrain.rl.weight_group import describe_device
+
         use_seeds_alone(self)
         end_with(int(os.environ[SERVER_PID]))
+        self.posttrain_group = None
+        return describe_device(self.device)
 
     def posttrain_load(self, folder: str) -> None:
         """Take the weights of every safetensors file in `folder`, under their Hugging Face names."""
         self.reload_weights(weights_iterator=stored_weights(Path(folder)))
         repack_tied_head(self.get_model())
+
+    def posttrain_join(self, host: str, port: int, size: int, backend: str, timeout: float) -> None:
+        """Become a rank of a trainer's new weight group; an older one is left."""
+        import torch
+
+        from posttrain.rl.weight_group import join
+
+        self.posttrain_leave()
+        device = self.device if backend == "nccl" else torch.device("cpu")
+        self.posttrain_group = join(host, port, 1 + self.rank, size, backend, device, timeout)
+
+    def posttrain_leave(self) -> None:
+        if self.posttrain_group is not None:
+            self.posttrain_group.close()
+        self.posttrain_group = None
+
+    def posttrain_receive(self, timeout: float) -> None:
+        """Take the weights that the trainer sends through the group. After a failure the group is left."""
+        failure: list[Exception] = []
+        try:
+            self.reload_weights(weights_iterator=as_far_as(self.posttrain_group.receive(timeout), failure))
+            if failure:
+                raise failure[0]
+        except BaseException:
+            self.posttrain_leave()
+            raise
+        repack_tied_head(self.get_model())
+
+
+def as_far_as(weights: Iterator[tuple], failure: list[Exception]) -> Iterator[tuple]:
+    """`weights` up to what they raise, which is put into `failure`.
+
+    `reload_weights` must come to its end: what it got of a layer that is not complete would be counted as part of the
+    next weights, and that layer be made of both.
+    """
+    try:
+        yield from weights
+    except Exception as error:
+        failure.append(error)
 
 
 def stored_weights(folder: Path) -> Iterator[tuple]:

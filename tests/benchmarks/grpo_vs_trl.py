@@ -171,23 +171,24 @@ def trl_training(trainer, gate):
 
 
 def on_this_device(model) -> None:
-    """TRL's vLLM on a CPU: eager, with a cache of 1 GiB, loaded from `model`'s folder, weights synced as we sync them;
-    on a GPU it stays as it is."""
-    if torch.cuda.is_available():
-        return
+    """TRL's vLLM in the dtype of `model`; on a CPU eager, with a cache of 1 GiB, its weights synced as ours are."""
     from posttrain.rl.vllm_engine import set_environment
     from posttrain.rl.vllm_worker import repack_tied_head
 
-    set_environment()
+    if not torch.cuda.is_available():
+        set_environment()
     from trl.generation import vllm_generation
     from vllm import LLM
 
+    dtype = str(model.dtype).removeprefix("torch.")
+    if torch.cuda.is_available():
+        vllm_generation.LLM = partial(LLM, dtype=dtype)
+        return
     threads = torch.get_num_threads()
 
     def start(gpu_memory_utilization=None, distributed_executor_backend=None, **keys):
         llm = LLM(
-            enforce_eager=True, kv_cache_memory_bytes=2**30, dtype=str(model.dtype).removeprefix("torch."),
-            disable_log_stats=True, **keys,
+            enforce_eager=True, kv_cache_memory_bytes=2**30, dtype=dtype, disable_log_stats=True, **keys
         )  # fmt: skip
         torch.set_num_threads(threads)
         return llm

@@ -11,7 +11,7 @@ Same weights, prompts of every step, one completion a prompt, limit, sampling, r
 reward, GAE, clipping, critic (the reward model's backbone under a head of zeros), learning rates and updates for all;
 gradients are not clipped, since TRL's are not. "TRL tuned": no gradient checkpointing, the dtype of ours, a minibatch
 in one piece; "TRL default": bf16 autocast, gradient checkpointing, micro-batches of 8, as 1.12 comes. TRL then makes
-one optimizer step a batch, whatever num_mini_batches says: it counts micro-batches, not those of a minibatch.
+one optimizer step a batch, whatever num_mini_batches says: it counts the batch's micro-batches, not a minibatch's.
 """
 
 import gc
@@ -59,6 +59,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         "but generation (the policy's old log-probabilities, GAE, the update) is its `update`; its `other` is "
         "Python's garbage collector, which it calls in every step, whatever the size of the batch.",
     ]
+    if {"ours, transformers", "TRL tuned"} <= result["trainers"].keys():
+        found = rl_tables.ratio(result, "ours, transformers", "TRL tuned", options.clock, rl_tables.PARTS[:-1])
+        notes.append(f"Without `other`, ours, transformers / TRL tuned is {rl_tables.spread(found)}.")
     rl_tables.write(result, "PPO beside TRL 1.12", PAIRS, GOAL, notes, options.out)
     return result
 

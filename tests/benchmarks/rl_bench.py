@@ -180,9 +180,10 @@ class Worker:
     def __init__(self, script: str, argv: list[str], kind: str, folder: Path):
         self.kind, self.log = kind, folder / f"{kind.replace(' ', '_')}.log"
         command = [sys.executable, script, *argv, "--worker", kind, "--work", str(folder)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()

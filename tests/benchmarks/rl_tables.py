@@ -4,6 +4,7 @@ In: for each round and trainer its steps, {"tokens", "prompt_tokens", "reward", 
 Out: one dict, and tables.
 """
 
+import shlex
 import statistics
 import sys
 import time
@@ -44,7 +45,7 @@ def summary(options, kinds: list[str], warm: dict, rounds: list[dict], memories:
             "memory": memories[kind],
         }
     return {
-        "command": command(options),
+        "command": command(),
         "settings": {key: value for key, value in vars(options).items() if key not in ("out", "worker", "work")},
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "trl")},
         "threads": torch.get_num_threads(),
@@ -60,15 +61,9 @@ def ratio(result: dict, one: str, other: str, clock: str, parts: tuple[str, ...]
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def command(options) -> str:
-    """The command that gives these figures again."""
-    words = []
-    for key, value in vars(options).items():
-        if key in ("worker", "work", "out") or value in (None, False):
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{key}", *(f'"{v}"' if " " in str(v) else str(v) for v in values)]
-    return f"python tests/benchmarks/{Path(sys.argv[0]).name} {' '.join(words)}"
+def command() -> str:
+    """The command that gives these figures again; what it leaves out is at its default, as in `settings`."""
+    return f"python tests/benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}"
 
 
 def write(
