@@ -9,6 +9,7 @@ PIP_FLAGS ?=
 CHAIN     ?= recipes/tiny
 OUT       ?= runs/tiny
 PYTEST_FLAGS ?= -q -m "not gpu"
+WORKERS   ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean $(VENV)
@@ -16,7 +17,7 @@ PYTEST_FLAGS ?= -q -m "not gpu"
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 14
 	@echo "The first call makes $(VENV) and installs into it; later calls reuse it."
-	@echo "Variables: PYTHON VENV EXTRA PIP_FLAGS CHAIN OUT PYTEST_FLAGS, e.g. make demo PYTHON=python3.12"
+	@echo "Variables: PYTHON VENV EXTRA PIP_FLAGS CHAIN OUT WORKERS PYTEST_FLAGS, e.g. make demo PYTHON=python3.12"
 
 demo: $(VENV) ## run the chain recipes/tiny: six stages, a table of gains, a report, a model to chat with
 	@$(VENV)/bin/posttrain run $(CHAIN) --out $(OUT)
@@ -24,7 +25,7 @@ demo: $(VENV) ## run the chain recipes/tiny: six stages, a table of gains, a rep
 # bitsandbytes is not among dev: on CPUs with bf16 it warns at every import, which each stage of `make demo` would show.
 test: lint ## ruff, then every test but those that need a GPU
 	@$(VENV)/bin/python -m pip show -q bitsandbytes 2>/dev/null || $(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[qlora]"
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV) ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check .

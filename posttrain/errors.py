@@ -51,7 +51,19 @@ def entry(main: Callable[[], Any]) -> NoReturn:
         if mend is None:
             raise
         _stop(error, f"error: {error}: {mend}", 2)
+    _leave_group(code)
     sys.exit(code)
+
+
+def _leave_group(code: int | None) -> None:
+    """Of several processes, end this one at once: all is written by now, and threads of a process group that still run
+    while Python shuts down abort it now and then ("terminate called without an active exception", torch 2.13)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
 
 
 def mend_of(error: BaseException) -> str | None:

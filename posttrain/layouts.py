@@ -12,6 +12,7 @@ those of the plain padded forward up to rounding. Three layouts:
 import inspect
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -87,12 +88,13 @@ class Layout:
         longest = {i: max(map(len, groups[i].sequences)) for i in part}
         part = sorted(part, key=lambda i: (longest[i], i))
         edges = sorted({round(len(part) * k / BLOCKS) for k in range(BLOCKS + 1)})
+        before = [0, *accumulate(self.tokens(groups[i]) for i in part)]  # tokens of the first so many groups
         best: dict[int, tuple[float, list[list[int]]]] = {0: (0.0, [])}
         for place, end in enumerate(edges[1:], 1):
             width = max(NARROWEST[self.name], longest[part[end - 1]])
             ways = []
             for start in edges[:place]:
-                tokens = sum(self.tokens(groups[i]) for i in part[start:end])
+                tokens = before[end] - before[start]
                 cost = best[start][0] + self.forward_cost + tokens * (1 + self.attention_cost * width)
                 ways.append((cost, [*best[start][1], part[start:end]]))
             best[end] = min(ways, key=lambda way: way[0])

@@ -5,8 +5,10 @@ Run: posttrain serve runs/tiny/sft --port 8000 &
      accelerate launch recipes/grpo.py --config recipes/tiny/grpo.yaml --use_vllm server
 
 It is vLLM's own server (its completions and chat endpoints answer, too) behind the routes of rl/vllm_routes.py.
-Weights of the trainer lie in shared memory for the moment of a sync, and can be loaded from this machine only.
-`--allow_remote` lets other machines sample, with the key in the environment variable VLLM_API_KEY.
+Weights come through a process group with the trainer, NCCL on GPUs and gloo on CPU, or lie in shared memory for the
+moment of a sync (`vllm_sync` of the trainer); from memory they are loaded for this machine only.
+`--allow_remote` lets other machines sample and send weights through a group, with the key in the environment variable
+VLLM_API_KEY. Neither HTTP nor the group is encrypted: a network of your own, or a tunnel for both.
 """
 
 import ipaddress

@@ -91,7 +91,9 @@ def processes():
             "distributed_type NO): take recipes/accelerate/two_cpu_processes.yaml or ddp.yaml, or --num_processes 1"
         )
     if how != "ddp" and process.num_processes == 1:
-        raise UserError(f"{NAMES[how]} was asked for, but there is one process: --num_processes 2, or one_process.yaml")
+        raise UserError(
+            f"{NAMES[how]} was asked for, but there is one process: --num_processes 2, or one_process.yaml"
+        )
     return process
 
 

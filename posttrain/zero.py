@@ -14,6 +14,7 @@ posttrain/sharding.py calls this; use that. Rajbhandari et al. 2019, arXiv 1910.
 import logging
 import os
 import warnings
+from collections import OrderedDict
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +41,11 @@ ONLY = {
     "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "none", "the recipe's max_grad_norm decides"),
 }  # fmt: skip
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# What DeepSpeed leaves on modules when its hooks are gone, beside the names that begin with ds_.
+LEFT_BEHIND = {
+    "_original_parameters", "_external_params", "all_parameters", "applied_pre_backward_ref_cnt", "pre_bwd_fn",
+    "post_bwd_fn",
+}  # fmt: skip
 
 
 def wanted() -> bool:
@@ -72,7 +78,11 @@ def _deepspeed():
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
+    # On CPUs it would compile a sum over shared memory of its own; gloo does without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.WARNING)  # it sets its own while it is imported
+    # The module has its autocast inside, which DeepSpeed does not know of.
+    deepspeed.utils.logger.addFilter(lambda record: "autocast is enabled outside" not in record.getMessage())
     return deepspeed
 
 
@@ -191,7 +201,7 @@ def load_optimizer_state(engine, groups: list[list[nn.Parameter]], saved: dict) 
             "DeepSpeed wants the same of all: go on with recipes/accelerate/fsdp2.yaml or ddp.yaml"
         )
     for flat in engine.optimizer.fp32_partitioned_groups_flat:
-        inner.state[flat] = {key: torch.zeros_like(flat) for key in MOMENTS} | {"step": torch.tensor(steps.copy().pop())}
+        inner.state[flat] = {"step": torch.tensor(min(steps)), **{key: torch.zeros_like(flat) for key in MOMENTS}}
     for index, parameter in enumerate(parameters):
         for key in MOMENTS:
             safe_set_local_optimizer_state(parameter, _slice(parameter, saved["state"][index][key]), key)
@@ -209,17 +219,15 @@ def whole(module: nn.Module):
 @contextmanager
 def gathered(engine):
     """For a while the engine's module is whole on every process, and forwards without gradient need no other one."""
-    offload = engine.optimizer.parameter_offload
-    for parameter in engine.module.parameters():
-        parameter.ds_active_sub_modules.clear()
-    for hook in (*offload.forward_hooks, *offload.backward_hooks):  # they would split each layer again
-        hook.remove()
-    offload.forward_hooks, offload.backward_hooks = [], []
-    try:
-        with whole(engine.module):
+    hooks = [(part, part._forward_pre_hooks, part._forward_hooks) for part in engine.module.modules()]
+    with whole(engine.module):
+        for part, *_ in hooks:  # they would split each layer again behind its forward, and compare the processes
+            part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
+        try:
             yield
-    finally:  # which also drops what DeepSpeed noted of the order of layers
-        offload._register_deepspeed_module(offload.module)
+        finally:
+            for part, before, after in hooks:
+                part._forward_pre_hooks, part._forward_hooks = before, after
 
 
 @torch.no_grad()
@@ -236,6 +244,3 @@ def unsplit(engine) -> nn.Module:
         for name in [name for name in vars(part) if name.startswith("ds_") or name in LEFT_BEHIND]:
             del vars(part)[name]
     return module
-
-
-LEFT_BEHIND = ("_original_parameters", "_external_params")

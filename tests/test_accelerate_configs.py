@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -37,10 +38,16 @@ def pretrain(out, tokenizer_path, **changes) -> list[str]:
         ("one_process", 1, "one process on cpu"),
         ("two_cpu_processes", 2, "2 processes on cpu (gloo), DDP: a whole model each"),
         ("fsdp2", 2, "2 processes on cpu (gloo), FSDP2: parameters in 2 shards"),
+        pytest.param(
+            "deepspeed_zero3",
+            2,
+            "2 processes on cpu (gloo), DeepSpeed ZeRO-3: parameters in 2 shards",
+            marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed"),
+        ),
     ],
 )
 def test_a_stage_says_what_it_runs_on(tmp_path, tokenizer_path, config, count, said):
-    own = [] if config != "fsdp2" else ["--num_processes", 2]
+    own = ["--num_processes", 2] if config in ("fsdp2", "deepspeed_zero3") else []
     out = tmp_path / "out"
     done = call([*LAUNCH, "--config_file", FOLDER / f"{config}.yaml", *own, *pretrain(out, tokenizer_path)])
     assert done.returncode == 0, done.stderr[-3000:]

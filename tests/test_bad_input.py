@@ -81,7 +81,7 @@ def test_a_number_out_of_range(refuse, stage, key):
 
 @pytest.mark.parametrize(("stage", "key"), [("pretrain", "sequence_length"), ("sft", "max_length")])
 def test_rows_longer_than_the_context(refuse, stage, key):
-    refuse(stage, key, "found 513", "512 positions", **{key: 513})
+    refuse(stage, key, "found 1025", "1024 positions", **{key: 1025})
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------

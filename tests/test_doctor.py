@@ -125,8 +125,8 @@ def test_nothing_left_to_learn(tmp_path):
 
 
 def test_cut_replies(tmp_path):
-    found = trained(tmp_path / "out", max_completion_length=4, max_steps=3)
-    assert "of completions hit the limit of 4 tokens" in the(found, "cut_share").text
+    found = trained(tmp_path / "out", max_completion_length=3, max_steps=3)
+    assert "of completions hit the limit of 3 tokens" in the(found, "cut_share").text
 
 
 def test_replies_that_never_end(tmp_path):

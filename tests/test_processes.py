@@ -27,7 +27,7 @@ def train_and_tell(self):
     digest = hashlib.sha256()
     for parameter in self.policy.parameters():
         digest.update(parameter.detach().numpy().tobytes())
-    first = self.generate().prompt_ids[0]
+    first = self.collect().rollouts.prompt_ids[0]
     facts = {"weights": digest.hexdigest(), "prompt": first, "world": self.accelerator.num_processes}
     with open(f"{self.stage.output_dir}.rank-{self.accelerator.process_index}", "w") as file:
         json.dump(facts, file)

@@ -149,7 +149,7 @@ def test_a_head_size_that_vllm_has_no_kernel_for(tmp_path):
     model = tiny_llama(num_attention_heads=8)
     run = SimpleNamespace(note=Notes().append, config={"seed": 0}, output_dir=tmp_path)
     assert vllm_obstacle(llama_config()) is None
-    assert "generate" in make_engine(EngineConfig(), model, tiny_tokenizer(), 64, run).name
+    assert "transformers" in make_engine(EngineConfig(), model, tiny_tokenizer(), 64, run).name
     with pytest.raises(UserError, match="use_vllm: true, but .* heads of 8"):
         make_engine(EngineConfig(use_vllm="true"), model, tiny_tokenizer(), 64, run)
 

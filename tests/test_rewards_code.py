@@ -143,7 +143,7 @@ def test_real_problems_score_one_and_their_statements_alone_nothing():
     folder = os.environ.get("POSTTRAIN_REAL_DATA")
     if not folder:
         pytest.skip("POSTTRAIN_REAL_DATA is unset: no HumanEval here")
-    with gzip.open(Path(folder) / "humaneval" / "HumanEval.jsonl.gz") as file:
+    with gzip.open(Path(folder) / "data" / "humaneval" / "HumanEval.jsonl.gz") as file:
         problems = list(humaneval(map(json.loads, file)))
     columns = {key: [problem[key] for problem in problems] for key in ("tests", "entry_point")}
     prompts = [problem["prompt"] for problem in problems]

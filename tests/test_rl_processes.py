@@ -21,6 +21,7 @@ import json, sys
 from copy import deepcopy
 import torch
 from rl_helpers import frozen, make_trainer, perturb, settings, tiny_llama, tiny_scorer, plain_logps
+from posttrain.errors import entry
 from posttrain.rl.config import PPOConfig
 from posttrain.rl.types import Completion, Rollouts
 
@@ -55,10 +56,9 @@ for step in range(2):
     trainer.step += 1
 models = [policy] + ([trainer.critic] if trainer.critic is not None else [])
 sums = [p.double().sum().item() for m in models for p in m.parameters()]
-if world > 1:
-    torch.distributed.destroy_process_group()
 with open(f"{out}.rank-{rank}", "w") as file:
     json.dump({"sums": sums, "numbers": numbers, "world": world}, file)
+entry(lambda: 0)
 """
 
 

@@ -29,7 +29,7 @@ def test_sampled_logps_are_those_of_the_plain_forward_at_the_temperature():
     completions = HFEngine(model, PAD).generate(prompts(), Sampling(3, 12, NEVER, temperature=0.7), seed=5)
     for index, completion in enumerate(completions):
         expected = plain_logps(model, prompts()[index // 3], completion.ids, 0.7)
-        torch.testing.assert_close(torch.tensor(completion.logps), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(completion.logps), expected, atol=3e-5, rtol=0)
 
 
 def test_the_models_own_generation_config_does_not_change_what_is_sampled():

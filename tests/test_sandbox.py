@@ -103,7 +103,7 @@ def real_problems() -> list[dict]:
     folder = os.environ.get("POSTTRAIN_REAL_DATA")
     if not folder:
         pytest.skip("POSTTRAIN_REAL_DATA is unset: no HumanEval here")
-    with gzip.open(Path(folder) / "humaneval" / "HumanEval.jsonl.gz") as file:
+    with gzip.open(Path(folder) / "data" / "humaneval" / "HumanEval.jsonl.gz") as file:
         return list(humaneval(map(json.loads, file)))
 
 

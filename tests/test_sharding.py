@@ -266,7 +266,6 @@ def test_a_model_that_is_not_sharded_is_left_alone():
         ("FSDP_VERSION", "1", "fsdp_version: found 1, expected 2"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params: found true, expected false"),
         ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "all processes but one would start from empty weights"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
     ],
 )
 def test_what_would_be_ignored_is_refused(monkeypatch, variable, value, words):

@@ -4,14 +4,26 @@ Run: pytest tests/test_zero.py, with deepspeed installed. It launches itself aga
 Accelerate file; the oracle is plain torch on a whole model in the same process, as in tests/test_sharding.py.
 """
 
+import copy
+import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import test_sharding
 import torch
+from recipe_runs import ENV, argv, call, log, manifest
+from rl_helpers import tiny_llama, tiny_tokenizer
+from test_rl_processes import SCRIPT
 from test_sharding import RATE, ROOT, ROWS, SomeLogps, llama, plain_steps, resume, steps, stops, updater_of, weights
 from torch import nn
+
+from posttrain.models import save_pair
 
 CONFIG = ROOT / "recipes/accelerate/deepspeed_zero3.yaml"
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIG, "--num_processes", 2]
@@ -82,7 +94,8 @@ def two(accelerator, folder):
     fresh = {name: set(vars(part)) for name, part in llama().named_modules()}
     for updater, model in ((first, policy), (second, critic)):
         assert sharding.unshard(updater.model).training is not None and not sharding.is_sharded(model)
-    assert {name: set(vars(part)) for name, part in policy.named_modules()} == fresh  # nothing is left behind
+    left = {key for name, part in policy.named_modules() for key in set(vars(part)) - fresh[name]}
+    assert not left, left  # of DeepSpeed nothing stays behind
     torch.testing.assert_close(critic(ROWS), alone(ROWS))
 
 
@@ -113,9 +126,12 @@ def exchange(accelerator, folder):
     updater = updater_of(model, accelerator)
     matrices = [i for i, p in enumerate(alone.parameters()) if p.ndim > 1]
     order = matrices + [i for i, p in enumerate(alone.parameters()) if p.ndim <= 1]
-    saved = optimizer.state_dict()
+    saved = copy.deepcopy(optimizer.state_dict())
     state = {place: saved["state"][i] for place, i in enumerate(order)}
-    kept = {"state": state, "param_groups": updater.state()["optimizer"].get("param_groups", saved["param_groups"] * 2)}
+    kept = {
+        "state": state,
+        "param_groups": updater.state()["optimizer"].get("param_groups", saved["param_groups"] * 2),
+    }
     sharding.load_full_state(model, alone.state_dict())
     updater.load_state({"optimizer": kept, "updates": 2})
     numbers = steps(updater, 1)[0]
@@ -143,6 +159,137 @@ def on_each_process(folder: str, *sections: str) -> None:
         SECTIONS[section](accelerator, folder)
         Path(f"{folder}/{section}-{process.process_index}").write_text(sharding.describe(process))
     accelerator.end_training()
+
+
+# --- the tests
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """(folder, what the processes said) of the sections in fp32, which share a launch, and of bf16."""
+    folder, said = tmp_path_factory.mktemp("split"), ""
+    for sections in ([name for name in SECTIONS if name != "bf16"], ["bf16"]):
+        said += call([*LAUNCH, __file__, folder, *sections]).stderr
+    return folder, said
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("section", SECTIONS)
+def test_two_split_processes_are_one(launched, section):
+    folder, said = launched
+    for rank in (0, 1):
+        file = folder / f"{section}-{rank}"
+        assert file.is_file(), said[-4000:]
+        assert file.read_text() == "2 processes on cpu (gloo), DeepSpeed ZeRO-3: parameters in 2 shards"
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_split_checkpoint_goes_on_in_one_process(launched):
+    test_sharding.test_a_sharded_checkpoint_goes_on_in_one_process(launched)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_ppo_updates_policy_and_critic_as_one_process_does(tmp_path):
+    """The same experience in two processes, whose completions have very different lengths."""
+    whole = "[sharding.unshard(u.model) for u in (trainer.policy_updater, trainer.critic_updater)]"
+    script = tmp_path / "script.py"
+    script.write_text(
+        SCRIPT.replace("models = [policy]", f"from posttrain import sharding\n{whole}\nmodels = [policy]")
+    )
+    assert whole in script.read_text()
+    done = call([*LAUNCH, script, tmp_path / "two", "ppo", "{}"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = call([sys.executable, script, tmp_path / "one", "ppo", "{}"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, first, second = (
+        json.loads((tmp_path / name).read_text()) for name in ("one.rank-0", "two.rank-0", "two.rank-1")
+    )
+    assert first["world"] == 2 and first["sums"] == second["sums"]
+    assert first["sums"] == pytest.approx(one["sums"], rel=1e-4, abs=1e-3)
+    for found, expected in zip(first["numbers"], one["numbers"], strict=True):
+        for key in ("loss", "grad_norm", "value_loss", "value_grad_norm"):
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-6), key
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_grpo_stopped_and_resumed_is_the_same_run(tmp_path):
+    """End to end by the shipped file; the checkpoint, made of slices, brings back every bit."""
+    from safetensors.torch import load_file
+
+    chain, model, tokenizer = tmp_path / "chain", tiny_llama(), tiny_tokenizer()
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    save_pair(model, tokenizer, chain / "sft")
+    settings = {"max_steps": 6, "warmup_steps": 0, "beta": 0.05, "max_mismatch": 1.001}
+
+    def command(name):
+        return list(map(str, [*LAUNCH, *argv("grpo", chain, tmp_path / name, **settings)]))
+
+    with subprocess.Popen(command("cut"), cwd=ROOT, env={**os.environ, **ENV}, stderr=subprocess.DEVNULL) as running:
+        while running.poll() is None and not (tmp_path / "cut/log.jsonl").is_file():
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+    assert list((tmp_path / "cut/checkpoints").glob("step-0000000[1-5]"))
+    for name in ("cut", "straight"):
+        done = call(command(name))
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert manifest(tmp_path / name)["machine"]["processes"].endswith("ZeRO-3: parameters in 2 shards")
+    cut, straight = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "straight"))
+    start = load_file(chain / "sft" / "model.safetensors")
+    assert all(torch.equal(cut[name], weight) for name, weight in straight.items())
+    assert any((weight - start[name]).abs().max() > 1e-4 for name, weight in straight.items())
+    numbers = [[line["grad_norm"] for line in log(tmp_path / name)] for name in ("cut", "straight")]
+    assert numbers[0] == numbers[1] and len(numbers[0]) == 6
+    for line in (tmp_path / "straight/log.jsonl").read_text().splitlines():
+        assert json.loads(line)["mfu"] > 0  # a split parameter has no numbers; what is counted is the whole
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2", "zero_stage: found 2, expected 3"),
+        ("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu", "offload_param_device: found cpu, expected none"),
+        ("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true", "zero3_init_flag: found true, expected false"),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json", "deepspeed_config_file: found ds.json"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "1.0", "the recipe's max_grad_norm decides"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(monkeypatch, variable, value, words):
+    from posttrain import sharding
+    from posttrain.errors import UserError
+
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert sharding.asked() == "zero3"
+    with pytest.raises(UserError, match="sft: no DeepSpeed ZeRO-3 here"):
+        sharding.refuse_shards("sft", "TRL's Trainer")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=words):
+        sharding.asked()
+
+
+def test_accelerate_is_not_told_of_deepspeed(monkeypatch):
+    from posttrain import sharding, zero
+
+    monkeypatch.delenv(zero.OURS, raising=False)
+    zero.keep_from_accelerate()
+    assert sharding.asked() == "ddp"
+    monkeypatch.setenv(zero.OURS, "")  # so that it is gone afterwards
+    monkeypatch.delenv(zero.OURS)
+    monkeypatch.setenv(zero.LAUNCHED, "true")
+    zero.keep_from_accelerate()
+    assert zero.LAUNCHED not in os.environ and sharding.asked() == "zero3"
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_without_deepspeed_the_way_to_it_is_named():
+    from posttrain import zero
+    from posttrain.errors import UserError
+
+    with pytest.raises(UserError, match=r"not installed: pip install 'posttrain\[zero\]'"):
+        zero.split(nn.Linear(1, 1), [], None, 1.0)
 
 
 if __name__ == "__main__":

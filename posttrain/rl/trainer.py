@@ -52,14 +52,14 @@ class RLTrainer:
         models = [policy] if critic is None or trunk else [policy, critic.eval()]
         longest = max(len(row["prompt_ids"]) for row in prompts) + config.max_completion_length
         self.layout = common_layout(models, longest, config.layouts(), stage.note)
+        own = None if trunk else critic
+        self.arithmetic = Arithmetic(policy, own, accelerator.device, torch.bfloat16 if optim.bf16 else policy.dtype)
         updates = config.max_steps * config.num_iterations * config.num_minibatches
         forward = PolicyForward(policy, critic if trunk else None, entropy_gradient=self.loss.entropy_coef > 0)
         self.policy_updater = Updater(forward, accelerator, optim, updates)
         self.critic_updater = None
         if critic is not None and not trunk:
             self.critic_updater = Updater(CriticForward(critic), accelerator, optim, updates, ppo.critic_learning_rate)
-        own = critic if self.critic_updater is not None else None
-        self.arithmetic = Arithmetic(policy, own, accelerator.device, torch.bfloat16 if optim.bf16 else policy.dtype)
         self.pass_kind = "adapter" if has_adapter(policy) else "training"
         adaptive = self.loss.kl_target > 0
         self.moments = RunningMoments()
@@ -79,8 +79,13 @@ class RLTrainer:
             raise UserError("num_generations: found 1, expected at least 2: GRPO compares a prompt's completions")
         if self.loss.beta and self.reference is None:
             raise UserError(f"beta: found {self.loss.beta}, but there is no reference to measure a KL against")
-        if config.offload and sharding.asked() == "fsdp2":
-            raise UserError("offload: found true beside FSDP2, which spreads weights over GPUs already: leave it out")
+        how = sharding.asked()
+        if config.offload and how != "ddp":
+            raise UserError(
+                f"offload: found true beside {sharding.NAMES[how]}, which spreads weights already: no offload"
+            )
+        if how == "zero3" and self.critic is not None and self.ppo.critic == "trunk" and self.ppo.critic_warmup_steps:
+            raise UserError("critic_warmup_steps: DeepSpeed updates the trunk without gradient, too: 0, or fsdp2.yaml")
         require_multiple(config, "num_prompts", self.accelerator.num_processes)
         mine = config.num_prompts // self.accelerator.num_processes
         if config.num_minibatches > mine:
@@ -129,7 +134,8 @@ class RLTrainer:
 
     def _precision(self):
         """What `bf16` asks for, as in the update; sharded networks bring theirs with them."""
-        return nullcontext() if self.policy_updater.sharded else self.accelerator.autocast()
+        own = self.policy_updater.sharded and not self.policy_updater.by_deepspeed
+        return nullcontext() if own else self.accelerator.autocast()
 
     def collect(self) -> Experience:
         """This step's completions with their rewards; rollout_ahead: those sampled while the last step trained."""

@@ -83,11 +83,11 @@ class TrainerRoutes:
         raise Refused(404, f"no route {' '.join(call)}")
 
     async def _generate(self, engine, body: dict) -> dict:
-        if body["weights"] != self.weights:
+        if self.weights is None or body["weights"] != self.weights:
             raise Refused(
                 409,
-                f"asked for weights {body['weights']}, the server has {self.weights}: it was started anew, or another "
-                "trainer uses it, too; every trainer needs a server of its own",
+                f"asked for weights {body['weights']}, the server has {self.weights}: a sync failed, it was started "
+                "anew, or another trainer uses it, too; every trainer needs a server of its own",
             )
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind

@@ -39,7 +39,7 @@ class WeightGroup:
 
     def __init__(self, store, rank: int, size: int, backend: str, device: torch.device, timeout: float):
         """Returns once all `size` ranks are there. RuntimeError where they are not within `timeout` seconds."""
-        self.device = device
+        self.store, self.rank, self.size, self.device, self.rounds = store, rank, size, device, 0
         with kept_alive():
             self.backend = kind_of(backend)(store, rank, size, timeout=timedelta(seconds=timeout))
         first = torch.full((1,), size if rank == 0 else 0, dtype=torch.int64, device=device)
@@ -52,6 +52,10 @@ class WeightGroup:
 
         What `weights` itself raises, the others learn first.
         """
+        self.rounds += 1
+        # A broadcast that nobody takes holds gloo up until its time-out, `close` included: none before all are ready.
+        ready = [f"round {self.rounds}: rank {rank}" for rank in range(1, self.size)]
+        until(lambda: self.store.check(ready), watch)
         parts = buckets(weights, BUCKET)
         while True:
             try:
@@ -68,6 +72,8 @@ class WeightGroup:
 
     def receive(self, timeout: float) -> Iterator[tuple[str, torch.Tensor]]:
         """Other ranks: one round of weights. TimeoutError where a bucket takes longer than `timeout` seconds."""
+        self.rounds += 1
+        self.store.set(f"round {self.rounds}: rank {self.rank}", "ready")
         while True:
             header, size = self._lengths(0, 0, deadline(timeout))
             if header == END:
@@ -181,7 +187,7 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[
     places, held = set(), 0
     for name, tensor in weights:
         whole = tensor.detach().contiguous()
-        if whole.data_ptr() in places:
+        if whole.nbytes and whole.data_ptr() in places:
             continue  # tied weights have two names; checkpoints hold them once
         if bucket and held + whole.nbytes > size:
             yield bucket
