@@ -237,7 +237,8 @@ def write_weights(weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> 
 
 def roomy_folder(model) -> Path:
     """Shared memory where the weights fit in it (containers often have 64 MB), else the folder for temporary files."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    # a parameter that DeepSpeed has split has no elements of its own
+    size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters())
     usable = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
     roomy = usable and shutil.disk_usage(SHARED_MEMORY).free > 1.2 * size
     return SHARED_MEMORY if roomy else Path(tempfile.gettempdir())
