@@ -9,7 +9,6 @@ unfinished one is continued by its recipe.
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import json
 import os
@@ -26,6 +25,7 @@ from types import ModuleType
 from posttrain import args, checkpoint, launch, report, stage, yaml_file
 from posttrain.environment import usable_cores
 from posttrain.errors import UserError
+from posttrain.lookup import nearest
 from posttrain.progress import clock
 
 
@@ -114,12 +114,6 @@ def read_chain(folder: Path) -> tuple[str, list[str]]:
 def recipe_path(folder: Path, name: str) -> Path:
     """The recipe beside the chain's folder; `..` and not `parent`, for the folder may be given as `.`."""
     return Path(os.path.normpath(folder / ".." / f"{name}.py"))
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def select(names: list[str], start_from: str | None, only: str | None) -> list[str]:

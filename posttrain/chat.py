@@ -290,10 +290,15 @@ def generation_matches_training(tokenizer, messages: list[dict], tools=None) -> 
     return None
 
 
+def common(first: list[int], second: list[int]) -> int:
+    """Length of the longest common beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
 def divergence(tokenizer, trained: list[int], other: list[int], name: str = "at generation") -> str:
     """'token 12 is ... in training and ... at generation, after ...' of two lists of ids that differ."""
-    pairs = zip(trained, other, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(trained), len(other)))
+    place = common(trained, other)
     here, there = (
         f"{tokenizer.decode(ids[place])!r} ({ids[place]})" if place < len(ids) else "the end"
         for ids in (trained, other)

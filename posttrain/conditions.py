@@ -8,12 +8,11 @@ posttrain/gate.py says which stage has which, and refuses.
 import difflib
 from collections.abc import Iterable
 
-from posttrain.chat import EncodedChat, closing_ids, control_tokens, reply_end_id, stop_ids
+from posttrain.chat import EncodedChat, closing_ids, common, control_tokens, reply_end_id, stop_ids
 from posttrain.conversations import (
     Conversation,
     Rendered,
     begins,
-    common,
     ids_of,
     named,
     neutral,

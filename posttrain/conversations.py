@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-from posttrain.chat import encode_chat
+from posttrain.chat import common, encode_chat
 from posttrain.errors import UserError
 
 PROBE_ROW = -1
@@ -131,12 +131,6 @@ def token_reader(tokenizer) -> Callable[[int], str]:
 
 def named(tokenizer, ids: Iterable[int]) -> str:
     return ", ".join(f"{piece(tokenizer, id)} (id {id})" for id in sorted(ids)) or "none"
-
-
-def common(first: list[int], second: list[int]) -> int:
-    """Length of the longest common beginning."""
-    pairs = zip(first, second, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def begins(whole: list[int], start: list[int]) -> bool:

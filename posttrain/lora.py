@@ -130,11 +130,6 @@ def has_adapter(model) -> bool:
     return any(".lora_A." in name for name, _ in model.named_parameters())
 
 
-def trained_parameters(model) -> int:
-    """How many numbers training changes."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 @torch.no_grad()
 def merged_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     """(plain name, weight with its adapter added) of every parameter, one at a time; `model` is left as it is.

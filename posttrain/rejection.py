@@ -26,14 +26,15 @@ import torch
 from posttrain.chat import decode
 from posttrain.doctor import doctor_of
 from posttrain.errors import UserError
+from posttrain.layouts import LAYOUTS
 from posttrain.order import shuffled_indices
-from posttrain.packing import Packed, by_tokens, pack
 from posttrain.progress import Progress
-from posttrain.rl.logprobs import TokenLogps, completion_positions
+from posttrain.rl.forward import PolicyForward, lay_out, split
+from posttrain.rl.models import common_layout
 from posttrain.rl.rollout import Sampling, sample_seed
 from posttrain.rl.scoring import call_rewards
-from posttrain.rl.types import Rollouts
-from posttrain.solutions import Problem, RejectionConfig, Solution, are_right, learned, mean, select
+from posttrain.rl.types import Completion, Rollouts
+from posttrain.solutions import Problem, RejectionConfig, Solution, are_right, mean, select
 from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
 
 
@@ -64,7 +65,9 @@ class RejectionTrainer:
         self.earlier: list[tuple[int, Solution]] = []
         first = config.start_from == "first"
         self.first = {k: v.detach().cpu().clone() for k, v in policy.state_dict().items()} if first else {}
-        self.updater, self.doctor = Updater(TokenLogps(policy), accelerator, optim, 1), doctor_of(stage)
+        longest = max(len(row["prompt_ids"]) for row in prompts) + config.max_completion_length
+        self.layout = common_layout([policy], longest, LAYOUTS[1:], stage.note)  # a prompt has one solution a batch
+        self.updater, self.doctor = Updater(PolicyForward(policy), accelerator, optim, 1), doctor_of(stage)
         if stage.resume_folder is not None:
             self._load(stage.resume_folder)
 
@@ -168,31 +171,22 @@ class RejectionTrainer:
             self._end_step()
 
     def _update(self, batch: list[tuple[int, Solution]]) -> dict[str, float]:
-        device = self.accelerator.device
-        sizes = [len(self.prompts[row]["prompt_ids"]) + len(solution.ids) for row, solution in batch]
-        local = torch.tensor([sum(map(learned, (solution for _, solution in batch))), sum(sizes)], device=device)
+        rows = [self.prompts[row] for row, _ in batch]
+        written = [Completion(solution.ids, [], "stop", solution.mask) for _, solution in batch]
+        rollouts = Rollouts(rows, [row["prompt_ids"] for row in rows], written, 1)
+        device, limit = self.accelerator.device, self.config.max_tokens_per_microbatch
+        local = torch.tensor([sum(rollouts.sampled_lengths), rollouts.num_tokens], device=device)
         count, total = self.accelerator.reduce(local, "sum").tolist()
         self.tokens += total
-        groups = by_tokens(sizes, self.config.max_tokens_per_microbatch)
-        micro_batches = [self._packed([batch[i] for i in group]) for group in groups]
+        groups = split(rollouts, list(range(len(batch))), self.layout, limit)
+        micro_batches = [lay_out(rollouts, group, self.layout) for group in groups]
 
         def share(micro_batch) -> torch.Tensor:
-            packed, select, weights = micro_batch
-            targets = packed.input_ids.flatten()[select + 1]
-            logps, _ = self.updater.model(packed.input_ids, packed.position_ids, select, targets, 1.0)
-            return -(logps * weights).sum() / count
+            laid_out, select, targets, _ = micro_batch
+            logps, *_ = self.updater.model(laid_out.to(device), select.to(device), targets.to(device), 1.0)
+            return -logps.sum() / count
 
         return self.updater.step(micro_batches, share, lambda: ", ".join(str(row) for row, _ in batch[:8]))
-
-    def _packed(self, batch: list[tuple[int, Solution]]) -> tuple[Packed, torch.Tensor, torch.Tensor]:
-        """(packed rows, flat position before each completion token (M,), 1 where the model wrote that token (M,))."""
-        prompts, device = [self.prompts[row]["prompt_ids"] for row, _ in batch], self.accelerator.device
-        completions = [solution.ids for _, solution in batch]
-        sequences = [p + c for p, c in zip(prompts, completions, strict=True)]
-        packed = pack(sequences, capacity=max(256, *map(len, sequences)))
-        select = completion_positions(packed.starts, list(map(len, prompts)), list(map(len, completions)))
-        weights = [w for _, each in batch for w in each.mask or [1] * len(each.ids)]
-        return packed.to(device), select.to(device), torch.tensor(weights, dtype=torch.float32, device=device)
 
     def measure(self) -> None:
         """Held-out replies of the model as it is now: the table's next line. It ends a round and its optimizer."""

@@ -3,7 +3,7 @@
 In: what `accelerate launch` was asked for, and a model. Out: the model sharded in place, its weights gathered one at
 a time or all at once, and states for checkpoints that any number of processes can load, sharded or not.
 
-    module = shard(TokenLogps(policy), accelerator)  # by torch's own `fully_shard`, on GPUs and CPUs alike
+    module = shard(PolicyForward(policy), accelerator)  # by torch's own `fully_shard`, on GPUs and CPUs alike
     for name, weight in full_weights(policy): ...  # every process takes part, in the same order
     with gathered(module): ...  # whole on every process: forwards need no other process
     unshard(module)  # training is over

@@ -123,10 +123,5 @@ def select(found: list[tuple[int, Solution]], config: RejectionConfig, seed: int
     return [(row, solution) for row, each in chosen.items() for solution in each]
 
 
-def learned(solution: Solution) -> int:
-    """Tokens that count in the loss."""
-    return len(solution.ids) if solution.mask is None else sum(solution.mask)
-
-
 def mean(values: list[int]) -> float:
     return sum(values) / len(values) if values else 0.0

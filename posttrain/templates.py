@@ -204,18 +204,13 @@ def not_prefix_preserving(tokenizer, messages: list[dict] | None = None, tools=N
     return None
 
 
-def generation_mismatch(tokenizer, messages: list[dict], tools=None) -> str | None:
-    """Where the prompt of a reply at generation differs from how the training render begins, token by token."""
-    return generation_matches_training(tokenizer, messages, tools)
-
-
 def template_faults(tokenizer) -> list[str]:
     """All that is wrong with a tokenizer's template, a sentence each; none for a template that may be trained on."""
     template = template_of(tokenizer)
     found = [unmarked(tokenizer), end_token_outside(tokenizer), no_end_token(tokenizer)]
     checks = {
         "not prefix-preserving": not_prefix_preserving,
-        "generation differs from training": generation_mismatch,
+        "generation differs from training": generation_matches_training,
     }
     for fault, check in checks.items():
         said = {

@@ -3,6 +3,7 @@
 In: a seed or a folder. Out: objects of transformers and posttrain; nothing here is a stand-in for the code under test.
 """
 
+import json
 import signal
 from contextlib import contextmanager
 from copy import deepcopy
@@ -152,3 +153,23 @@ def assert_same_gradients(found: dict, expected: dict, rtol: float = 1e-4) -> No
     for name, value in expected.items():
         scale = value.abs().max().item()
         assert (found[name] - value).abs().max().item() <= rtol * scale + 1e-9, name
+
+
+# ---- a bandit: `a` in each of four places is what pays --------------------------------------------------------------
+
+BANDIT = {"num_prompts": 4, "num_generations": 8, "max_completion_length": 4}
+
+
+def likes_a(prompts, completions, completion_ids, **columns) -> list[float]:
+    """Share of the four places that hold `a`."""
+    return [completion.count("a") / 4 for completion in completions]
+
+
+def flat_llama(seed: int = 0, **changes):
+    """Near-uniform over its 261 tokens, as an untrained policy is: the bandit has everything to find."""
+    return tiny_llama(seed, initializer_range=0.02, **changes)
+
+
+def logged(trainer) -> list[dict]:
+    """Lines of log.jsonl."""
+    return [json.loads(line) for line in (trainer.stage.output_dir / "log.jsonl").read_text().splitlines()]

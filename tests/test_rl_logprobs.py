@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from rl_helpers import plain_logps, tiny_llama, tiny_scorer
+from rl_helpers import plain_logps, tiny_llama
 from torch.distributions import Categorical
 
 from posttrain.packing import best_fit, by_tokens, pack
-from posttrain.rl.logprobs import TokenLogps, TokenValues, completion_positions, gather_logps
+from posttrain.rl.logprobs import gather_logps
 from posttrain.rl.rollout import model_logps
 
 
@@ -79,20 +79,6 @@ def test_a_document_does_not_see_its_neighbour():
     assert not torch.equal(hidden(first, second)[:20], hidden(other, second)[:20])
 
 
-def test_values_read_the_state_before_each_token():
-    """The value head on prompts' ends and completions, against the plain forward's own scores."""
-    model = tiny_scorer()
-    both = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    packed = pack(both, capacity=80)
-    select = completion_positions(packed.starts, [len(p) for p in PROMPTS], [len(c) for c in COMPLETIONS])
-    with torch.no_grad():
-        found = TokenValues(model)(packed.input_ids, packed.position_ids, select)
-        for prompt, ids, values in zip(PROMPTS, both, found.split([len(c) for c in COMPLETIONS]), strict=True):
-            states = model.model(torch.tensor([ids])).last_hidden_state[0]
-            expected = states[len(prompt) - 1 : -1] @ model.score.weight[0]
-            torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_logps_and_entropy_equal_torch_distributions():
     logits = 3 * torch.randn(50, 17, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(50) % 17
@@ -107,27 +93,6 @@ def test_logps_of_bf16_logits_are_taken_in_float32():
     logps, _ = gather_logps(logits, torch.zeros(4, dtype=torch.long), 1.0)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, torch.log_softmax(logits.float(), -1)[:, 0])
-
-
-def test_completion_positions_by_hand():
-    # two sequences at offsets 0 and 10: prompt 3 with 2 tokens, prompt 1 with 3
-    assert completion_positions([0, 10], [3, 1], [2, 3]).tolist() == [2, 3, 10, 11, 12]
-
-
-def test_gradient_reaches_the_weights_through_packed_rows():
-    """The sum of packed log-probabilities has the gradient of the plain forward's."""
-    model = tiny_llama(tied=False)
-    logits = model(input_ids=torch.tensor([PROMPTS[1] + COMPLETIONS[1]])).logits[0]
-    plain = torch.log_softmax(logits, -1)[len(PROMPTS[1]) - 1 : -1].gather(1, torch.tensor(COMPLETIONS[1])[:, None])
-    plain.sum().backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    packed = pack([PROMPTS[0] + COMPLETIONS[0], PROMPTS[1] + COMPLETIONS[1]], capacity=64)
-    select = completion_positions([packed.starts[1]], [len(PROMPTS[1])], [len(COMPLETIONS[1])])
-    targets = packed.input_ids.flatten()[select + 1]
-    TokenLogps(model)(packed.input_ids, packed.position_ids, select, targets, 1.0)[0].sum().backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10, 25, 1000])

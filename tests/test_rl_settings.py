@@ -1,13 +1,16 @@
 """Every setting of the loop that makes another algorithm of it: each learns a bandit, and does what its name says."""
 
-import json
 from copy import deepcopy
 
 import pytest
 import torch
 from rl_helpers import (
+    BANDIT,
+    flat_llama,
     frozen,
     gradients_of,
+    likes_a,
+    logged,
     make_trainer,
     perturb,
     settings,
@@ -23,8 +26,6 @@ from posttrain.rl.config import LossConfig, PPOConfig, RLConfig
 from posttrain.rl.rollout import HFEngine
 from posttrain.training import OptimConfig
 
-SMALL = {"num_prompts": 4, "num_generations": 8, "max_completion_length": 4}
-
 
 @pytest.fixture(autouse=True)
 def restored_handlers():
@@ -32,21 +33,7 @@ def restored_handlers():
         yield
 
 
-def likes_a(prompts, completions, completion_ids, **columns) -> list[float]:
-    """Share of the four places that hold `a`."""
-    return [completion.count("a") / 4 for completion in completions]
-
-
 REWARD = [("likes a", likes_a, 1.0)]
-
-
-def flat_llama(seed: int = 0):
-    """Near-uniform over its 261 tokens, as an untrained policy is: the bandit has everything to find."""
-    return tiny_llama(seed, initializer_range=0.02)
-
-
-def logged(trainer) -> list[dict]:
-    return [json.loads(line) for line in (trainer.stage.output_dir / "log.jsonl").read_text().splitlines()]
 
 
 ALGORITHMS = {
@@ -69,7 +56,7 @@ ALGORITHMS = {
 def test_each_algorithm_learns_a_bandit(tmp_path, name):
     policy = flat_llama()
     trainer = make_trainer(
-        tmp_path / "out", policy, REWARD, settings(max_steps=25, **{**SMALL, **ALGORITHMS[name]}),
+        tmp_path / "out", policy, REWARD, settings(max_steps=25, **{**BANDIT, **ALGORITHMS[name]}),
         reference=frozen(policy) if "beta" in ALGORITHMS[name] else None,
     )  # fmt: skip
     trainer.train()
@@ -85,7 +72,7 @@ def test_ppo_with_either_critic_learns_a_bandit(tmp_path, critic):
     torch.nn.init.zeros_(network.weight if critic == "trunk" else network.score.weight)
     kind = "trunk" if critic == "trunk" else "policy"
     ppo = PPOConfig(reward_model_path="none", critic=kind, critic_learning_rate=1e-2, critic_warmup_steps=1)
-    config = settings(max_steps=25, beta=0.01, num_minibatches=2, **SMALL)
+    config = settings(max_steps=25, beta=0.01, num_minibatches=2, **BANDIT)
     trainer = make_trainer(tmp_path / "out", policy, REWARD, config, reference=frozen(policy), critic=network, ppo=ppo)
     trainer.train()
     lines = logged(trainer)
@@ -108,7 +95,7 @@ def test_an_adapters_reference_is_the_model_without_it(tmp_path):
 
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=0, max_grad_norm=1e9)
     trainer = make_trainer(
-        tmp_path / "out", policy, [("even", even, 1.0)], settings(max_steps=12, beta=1e-3, **SMALL), optim=optim,
+        tmp_path / "out", policy, [("even", even, 1.0)], settings(max_steps=12, beta=1e-3, **BANDIT), optim=optim,
         reference=Reference(policy, wrapped),
     )  # fmt: skip
     trainer.train()
@@ -142,7 +129,7 @@ def test_one_step_ahead_samples_with_the_weights_before(tmp_path):
     """The first two steps' completions both come from the first weights; the ratio is that to them, and it learns."""
     policy = flat_llama()
     trainer = make_trainer(
-        tmp_path / "out", policy, REWARD, settings(max_steps=25, rollout_ahead=1, **SMALL), engine=own_weights(policy)
+        tmp_path / "out", policy, REWARD, settings(max_steps=25, rollout_ahead=1, **BANDIT), engine=own_weights(policy)
     )
     trainer.train()
     lines = logged(trainer)
@@ -159,7 +146,7 @@ def test_a_run_with_rollouts_in_flight_resumes_bit_equal(tmp_path, copying):
     for _ in range(2):
         policy = flat_llama()
         trainer = make_trainer(
-            tmp_path / "out", policy, REWARD, settings(max_steps=4, rollout_ahead=1, **SMALL),
+            tmp_path / "out", policy, REWARD, settings(max_steps=4, rollout_ahead=1, **BANDIT),
             engine=own_weights(policy) if copying else None,
             stage_keys={"save_steps": 2, "save_total_limit": 2},
         )  # fmt: skip
@@ -191,7 +178,7 @@ def test_dynamic_sampling_takes_groups_with_signal(tmp_path):
 
 def test_adaptive_beta_rises_where_the_kl_is_above_its_target(tmp_path):
     policy = flat_llama()
-    config = settings(max_steps=8, beta=0.01, kl_target=1e-3, kl_horizon=32, **SMALL)
+    config = settings(max_steps=8, beta=0.01, kl_target=1e-3, kl_horizon=32, **BANDIT)
     trainer = make_trainer(tmp_path / "out", policy, REWARD, config, reference=frozen(policy))
     trainer.train()
     betas = [line["beta"] for line in logged(trainer)]
@@ -202,7 +189,7 @@ def test_adaptive_beta_rises_where_the_kl_is_above_its_target(tmp_path):
 def test_cut_completions_teach_nothing_where_masked(tmp_path):
     policy = flat_llama()
     trainer = make_trainer(
-        tmp_path / "out", policy, REWARD, settings(max_steps=1, mask_truncated_completions=True, **SMALL),
+        tmp_path / "out", policy, REWARD, settings(max_steps=1, mask_truncated_completions=True, **BANDIT),
         stage_keys={"seed": 3},
     )  # fmt: skip
     with gradients_of(policy) as found:
@@ -221,7 +208,7 @@ def test_the_trainers_own_old_log_probabilities_measure_the_engine(tmp_path):
         def sync_weights(self, model):
             pass
 
-    config = settings(max_steps=1, max_mismatch=9.0, old_logps="trainer", vllm_importance_sampling_cap=1.0, **SMALL)
+    config = settings(max_steps=1, max_mismatch=9.0, old_logps="trainer", vllm_importance_sampling_cap=1.0, **BANDIT)
     engine = Stale(other, tiny_tokenizer().pad_token_id)
     trainer = make_trainer(tmp_path / "out", policy, REWARD, config, engine=engine)
     trainer.train()
@@ -241,7 +228,7 @@ def test_the_trainers_own_old_log_probabilities_measure_the_engine(tmp_path):
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, keys, words):
     with pytest.raises(UserError, match=words):
-        make_trainer(tmp_path / "out", flat_llama(), REWARD, settings(max_steps=1, **{**SMALL, **keys}))
+        make_trainer(tmp_path / "out", flat_llama(), REWARD, settings(max_steps=1, **{**BANDIT, **keys}))
 
 
 @pytest.mark.parametrize(
@@ -269,7 +256,7 @@ def test_settings_out_of_range_name_their_key(kind, keys, words):
 def test_running_rewards_are_normalised_over_the_whole_run(tmp_path):
     """Rewards of 1,000 and 1,004: after two steps mean 0 and deviation 1 over all that came, the penalty on top."""
     trainer = make_trainer(
-        tmp_path / "out", flat_llama(), REWARD, settings(max_steps=1, running_rewards=True, **SMALL)
+        tmp_path / "out", flat_llama(), REWARD, settings(max_steps=1, running_rewards=True, **BANDIT)
     )
     first, second = torch.tensor([1000.0, 1004.0, 1004.0, 1000.0]), torch.tensor([1000.0, 1000.0])
     trainer._normalized(first)

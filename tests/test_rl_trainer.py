@@ -7,9 +7,13 @@ from copy import deepcopy
 import pytest
 import torch
 from rl_helpers import (
+    BANDIT,
     assert_same_gradients,
+    flat_llama,
     frozen,
     gradients_of,
+    likes_a,
+    logged,
     make_trainer,
     perturb,
     plain_logps,
@@ -26,23 +30,11 @@ from posttrain.rl.rollout import HFEngine
 from posttrain.rl.types import Completion, Experience, Rollouts
 from posttrain.training import OptimConfig
 
-SMALL = {"num_prompts": 4, "num_generations": 8, "max_completion_length": 4}
-
 
 @pytest.fixture(autouse=True)
 def restored_handlers():
     with signals_restored():
         yield
-
-
-def likes_a(prompts, completions, completion_ids, **columns) -> list[float]:
-    """Share of the four places that hold `a`."""
-    return [completion.count("a") / 4 for completion in completions]
-
-
-def flat_llama(seed: int = 0, **changes):
-    """Near-uniform over its 261 tokens, as an untrained policy is: the bandit has everything to find."""
-    return tiny_llama(seed, initializer_range=0.02, **changes)
 
 
 def zero_critic(seed: int = 1):
@@ -64,12 +56,8 @@ def scored(trainer, rollouts):
     return trainer.score(trainer.reward(rollouts))
 
 
-def logged(trainer) -> list[dict]:
-    return [json.loads(line) for line in (trainer.stage.output_dir / "log.jsonl").read_text().splitlines()]
-
-
 def test_grpo_learns_a_bandit(tmp_path):
-    config = settings(max_steps=25, **SMALL)
+    config = settings(max_steps=25, **BANDIT)
     trainer = make_trainer(tmp_path / "out", flat_llama(), [("likes a", likes_a, 1.0)], config)
     trainer.train()
     lines = logged(trainer)
@@ -82,7 +70,7 @@ def test_grpo_learns_a_bandit(tmp_path):
 
 
 def test_ppo_learns_a_bandit(tmp_path):
-    config = settings(max_steps=25, beta=0.01, num_iterations=2, num_minibatches=2, **SMALL)
+    config = settings(max_steps=25, beta=0.01, num_iterations=2, num_minibatches=2, **BANDIT)
     trainer = make_ppo(tmp_path / "out", flat_llama(), config)
     trainer.train()
     lines = logged(trainer)
@@ -152,7 +140,7 @@ def test_groups_of_equal_rewards_have_no_gradient(tmp_path, beta):
     """Not one weight moves: with a KL term neither, as long as the policy is its reference."""
     policy = tiny_llama(seed=3)
     before = {name: p.clone() for name, p in policy.named_parameters()}
-    config = settings(max_steps=1, beta=beta, kl_estimator="k2", **SMALL)
+    config = settings(max_steps=1, beta=beta, kl_estimator="k2", **BANDIT)
     constant = [("constant", lambda completions, **_: [0.1] * len(completions), 1.0)]
     trainer = make_trainer(tmp_path / "out", policy, constant, config, reference=frozen(policy))
     with gradients_of(policy) as found:
@@ -184,7 +172,7 @@ def test_rows_without_signal_count_in_the_denominator(tmp_path):
 def test_dropout_is_off(tmp_path):
     """A policy handed over in training mode, with dropout: its log-probabilities still equal the engine's."""
     policy = flat_llama(attention_dropout=0.5).train()
-    trainer = make_trainer(tmp_path / "out", policy, [("likes a", likes_a, 1.0)], settings(max_steps=1, **SMALL))
+    trainer = make_trainer(tmp_path / "out", policy, [("likes a", likes_a, 1.0)], settings(max_steps=1, **BANDIT))
     trainer.train()
     assert logged(trainer)[0]["mismatch"] < 1.0001
 
@@ -259,7 +247,7 @@ def raising(**_):
     ids=["raises", "short", "nothing", "inf", "nan", "text", "none"],
 )
 def test_a_bad_reward_function_is_named(tmp_path, function, words):
-    config = settings(max_steps=1, **SMALL)
+    config = settings(max_steps=1, **BANDIT)
     trainer = make_trainer(tmp_path / "out", tiny_llama(), [("my_reward", function, 1.0)], config)
     with pytest.raises(UserError) as error:
         trainer.train()
@@ -291,13 +279,13 @@ def test_an_engine_of_other_weights_is_found_out(tmp_path):
     perturb(other, 0.1)
     engine = StaleEngine(other, tiny_tokenizer().pad_token_id)
     reward = [("likes low ids", lambda completion_ids, **_: [float(c[0] % 2) for c in completion_ids], 1.0)]
-    trainer = make_trainer(tmp_path / "out", policy, reward, settings(max_steps=1, **SMALL), engine=engine)
+    trainer = make_trainer(tmp_path / "out", policy, reward, settings(max_steps=1, **BANDIT), engine=engine)
     with pytest.raises(UserError, match="step 1: .*the trainer disagree.*max_mismatch is 1.05"):
         trainer.train()
 
 
 def test_max_kl_stops_the_run(tmp_path):
-    config = settings(max_steps=25, max_kl=0.5, **SMALL)
+    config = settings(max_steps=25, max_kl=0.5, **BANDIT)
     trainer = make_ppo(tmp_path / "out", flat_llama(), config)
     trainer.train()
     lines = logged(trainer)
@@ -308,7 +296,7 @@ def test_max_kl_stops_the_run(tmp_path):
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_a_resumed_run_ends_bit_equal(tmp_path, kind):
     """Four steps at once, then again from the checkpoint that they left after two."""
-    config = settings(max_steps=4, num_iterations=2, num_minibatches=2, beta=0.02, **SMALL)
+    config = settings(max_steps=4, num_iterations=2, num_minibatches=2, beta=0.02, **BANDIT)
     optim = OptimConfig(learning_rate=1e-2, warmup_steps=3, lr_scheduler_type="linear")
     ends = []
     for _ in range(2):
@@ -336,7 +324,7 @@ def test_a_resumed_run_ends_bit_equal(tmp_path, kind):
     ],
 )
 def test_settings_that_give_no_step_are_refused(tmp_path, keys, words):
-    config = settings(max_steps=1, **{**SMALL, **keys})
+    config = settings(max_steps=1, **{**BANDIT, **keys})
     with pytest.raises(UserError, match=words):
         make_trainer(tmp_path / "out", flat_llama(), [("likes a", likes_a, 1.0)], config).train()
 

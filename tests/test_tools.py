@@ -37,7 +37,7 @@ def test_tools_by_name_and_path():
         (["calculater"], "unknown; did you mean 'calculator'.*known: calculator, python"),
         (["no_such_module.f"], "no module 'no_such_module'"),
         (["examples.word_count.word_cont"], "did you mean 'word_count'"),
-        (["posttrain.tools.TOOLS"], "its type is dict, expected a plain function"),
+        (["posttrain.tools.TOOLS"], "its type is dict, expected a function"),
         (["calculator", "calculator"], "two are called 'calculator'"),
         (["os.path.join"], "tool 'os.path.join': .*type hints and a docstring"),
         (["posttrain.tools.load_tools"], "tool 'posttrain.tools.load_tools': .*docstring"),

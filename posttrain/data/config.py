@@ -4,13 +4,13 @@ In: the keys as the parser gives them. Out: a `DataConfig`, or a UserError that 
 what a mixture loads: one DataConfig an entry.
 """
 
-import difflib
 import math
 from dataclasses import dataclass, replace
 
 from posttrain.args import arg
 from posttrain.data.bad_rows import POLICIES
 from posttrain.errors import UserError
+from posttrain.lookup import nearest
 
 DEDUP = ("check", "id", "text", "both", "none")
 ON_LEAK = ("drop_eval", "drop_train", "stop", "report")
@@ -95,12 +95,7 @@ def _alone(config: DataConfig, entry: dict) -> DataConfig:
 
 def _one_of(key: str, found: str, options: tuple[str, ...]) -> None:
     if found not in options:
-        raise UserError(f"{key}: found {found!r}, expected one of {', '.join(options)}{_near(found, options)}")
-
-
-def _near(found: str, options) -> str:
-    near = difflib.get_close_matches(str(found), list(options), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{key}: found {found!r}, expected one of {', '.join(options)}{nearest(found, options)}")
 
 
 def _check_mixture(config: DataConfig) -> None:
@@ -114,7 +109,7 @@ def _check_mixture(config: DataConfig) -> None:
         where = f"dataset_mixture: entry {number}"
         for key, value in entry.items():
             if key not in ENTRY_KEYS:
-                near = _near(key, ENTRY_KEYS) or f"; an entry takes {', '.join(ENTRY_KEYS)}"
+                near = nearest(key, ENTRY_KEYS) or f"; an entry takes {', '.join(ENTRY_KEYS)}"
                 raise UserError(f"{where}: unknown key {key!r}{near}")
             _check_type(f"{where}: {key}", value, ENTRY_KEYS[key])
         if not entry.get("dataset_name"):

@@ -11,13 +11,11 @@ its options. Before a run is spent on it, attack it: `posttrain attack-reward my
 """
 
 import asyncio
-import importlib
-import os
-import sys
 from collections.abc import Callable
 
 from posttrain.data.tiny import utility_reward
 from posttrain.errors import UserError
+from posttrain.lookup import function_by_name, nearest
 from posttrain.rewards.code import code_reward
 from posttrain.rewards.format import format_reward
 from posttrain.rewards.guard import Thread
@@ -27,7 +25,7 @@ from posttrain.rewards.length import length_reward, overlong_reward
 from posttrain.rewards.math import correct
 from posttrain.rewards.model_by_name import model_reward
 from posttrain.rewards.model_by_name import reward_parents as reward_parents
-from posttrain.rewards.options import bind, nearest
+from posttrain.rewards.options import bind
 from posttrain.rewards.repetition import repetition_reward
 
 RewardFn = Callable[..., list[float | None]]
@@ -90,25 +88,4 @@ def load_reward(name: str) -> RewardFn:
     Raises:
         UserError: no such name, module or function, with the nearest one; or the name is not a function.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        raise UserError(f"reward {name!r}: unknown{nearest(name, REWARDS)}; known: {', '.join(sorted(REWARDS))}")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the user's module was found, but something it imports was not: its traceback says where
-        raise UserError(
-            f"reward {name!r}: no module {error.name!r}{nearest(name, REWARDS)}; a dotted path is "
-            f"package.module.function, found from the working directory {os.getcwd()} or PYTHONPATH"
-        ) from None
-    if attribute not in vars(module):
-        raise UserError(f"reward {name!r}: no {attribute!r} in {module_name}{nearest(attribute, vars(module))}")
-    function = vars(module)[attribute]
-    if not callable(function):
-        raise UserError(f"reward {name!r}: its type is {type(function).__name__}, expected a function")
-    return function
+    return function_by_name("reward", name, REWARDS)

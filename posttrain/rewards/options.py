@@ -4,13 +4,13 @@ In: a reward function and what the user wrote. Out: the function with its option
 reward, the key and the nearest one. A column of the data that has an option's name never takes its place.
 """
 
-import difflib
 import inspect
 import math
 from functools import partial
 from numbers import Real
 
 from posttrain.errors import UserError
+from posttrain.lookup import nearest
 
 CONTRACT = ("prompts", "completions", "completion_ids")
 COLUMNS = ("prompt_ids", "completion_mask")  # of every batch; some rewards do without them
@@ -52,12 +52,6 @@ def without_options(function, arguments: dict) -> dict:
     ours = (getattr(unbound(function), "__module__", "") or "").startswith("posttrain.rewards.")
     taken = options_of(function) if ours else bound
     return {key: value for key, value in arguments.items() if key not in taken}
-
-
-def nearest(name: str, known) -> str:
-    """ "; did you mean 'x'?" where something of `known` is near."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def number(reward: str, key: str, value, *, low: float = -math.inf, high: float = math.inf, whole: bool = False):

@@ -9,17 +9,14 @@ the chat template, made from type hints and a Google-style docstring.
 To add one: write such a function in a file of your own (examples/word_count.py), and name it by dotted path.
 """
 
-import difflib
-import importlib
 import inspect
 import json
-import os
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from posttrain.errors import UserError
+from posttrain.lookup import function_by_name
 from posttrain.tools.calculator import calculator
 from posttrain.tools.python import python
 
@@ -115,30 +112,7 @@ def _tool(name: str) -> Tool:
 
 
 def _function(name: str) -> Callable:
-    if name in TOOLS:
-        return TOOLS[name]
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        raise UserError(f"tool {name!r}: unknown{_nearest(name, TOOLS)}; known: {', '.join(sorted(TOOLS))}")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the user's module was found, but something it imports was not: its traceback says where
-        raise UserError(
-            f"tool {name!r}: no module {error.name!r}{_nearest(name, TOOLS)}; a dotted path is "
-            f"package.module.function, found from the working directory {os.getcwd()} or PYTHONPATH"
-        ) from None
-    if attribute not in vars(module):
-        raise UserError(f"tool {name!r}: no {attribute!r} in {module_name}{_nearest(attribute, vars(module))}")
-    function = vars(module)[attribute]
+    function = function_by_name("tool", name, TOOLS)
     if not inspect.isfunction(function):
         raise UserError(f"tool {name!r}: its type is {type(function).__name__}, expected a plain function")
     return function
-
-
-def _nearest(name: str, known) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
