@@ -25,7 +25,7 @@ demo: $(VENV) ## run the chain recipes/tiny: six stages, a table of gains, a rep
 # bitsandbytes is not among dev: on CPUs with bf16 it warns at every import, which each stage of `make demo` would show.
 test: lint ## ruff, then every test but those that need a GPU
 	@$(VENV)/bin/python -m pip show -q bitsandbytes 2>/dev/null || $(VENV)/bin/python -m pip install $(PIP_FLAGS) -e ".[qlora]"
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS)
 
 lint: $(VENV) ## ruff check and ruff format --check
 	$(VENV)/bin/ruff check .
