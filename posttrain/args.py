@@ -25,7 +25,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -103,6 +103,13 @@ def at_least(config, **least: int) -> None:
         found = getattr(config, key)
         if found is not None and found < bound:
             raise UserError(f"{key}: found {found}, expected at least {bound}")
+
+
+def one_of(config, **choices: Iterable[str]) -> None:
+    """Check that keys of a config are among their choices. Raises UserError naming the first that is not."""
+    for key, allowed in choices.items():
+        if getattr(config, key) not in allowed:
+            raise UserError(f"{key}: found {getattr(config, key)!r}, expected one of {', '.join(allowed)}")
 
 
 def _plain(value: Any) -> Any:

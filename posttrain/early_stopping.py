@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from posttrain.sharding import fill, full
+from posttrain.sharding import fill, full, trained
 
 BEST = "best.safetensors"
 
@@ -54,8 +54,3 @@ class EarlyStopping:
         self.best, self.best_step, self.stale = state["best"], state["best_step"], state["stale"]
         if self.best_step:
             self.weights = load_file(folder / BEST)
-
-
-def trained(model) -> dict[str, torch.Tensor]:
-    """The parameters that training changes, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

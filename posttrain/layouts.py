@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from posttrain.errors import UserError
 from posttrain.packing import best_fit, by_tokens, pack
 
 LAYOUTS = ("prefix", "packed", "padded")
@@ -216,10 +217,15 @@ def _segments(groups: list[list[list[int]]], attention_cost: float) -> tuple[int
         width *= 1.4
 
 
+def head_size(config) -> int:
+    """Numbers of one attention head, from a model's text config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def attention_cost(model) -> float:
     """What a query-key pair costs in units of a token's other arithmetic: 4 d L against 2 N (Kaplan 2001.08361)."""
     config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_size(config)
     embedding = model.get_input_embeddings().weight.numel()
     arithmetic = 2 * max(1, model.num_parameters() - embedding)
     return ATTENTION_OVERHEAD * 4 * head * config.num_attention_heads * config.num_hidden_layers / arithmetic
@@ -240,6 +246,18 @@ def find_layout(model, longest: int, wanted: tuple[str, ...] = LAYOUTS) -> tuple
             return Layout(name, cost, FORWARD_OVERHEAD["cpu" if model.device.type == "cpu" else "elsewhere"]), why
         why = why or reason
     raise ValueError(why)
+
+
+def common_layout(models: list, longest: int, wanted: tuple[str, ...]) -> tuple[Layout, str]:
+    """`find_layout` for several models together: the first of `wanted` that all can take. UserError where none."""
+    asked, why = wanted, ""
+    for model in models:
+        try:
+            layout, reason = find_layout(model, longest, wanted)
+        except ValueError as error:
+            raise UserError(f"layout: {asked[0]}, but {error}; --layout auto takes the next best one") from error
+        wanted, why = wanted[wanted.index(layout.name) :], why or reason
+    return layout, why
 
 
 def _obstacle(model, name: str, longest: int) -> str:

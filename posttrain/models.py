@@ -6,7 +6,7 @@ a checkpoint: safetensors only, no remote code.
 
 from dataclasses import dataclass
 
-from posttrain.args import arg
+from posttrain.args import arg, one_of
 from posttrain.errors import UserError
 from posttrain.lora import LoraArgs, keep_trainable, quantization, save_model
 
@@ -23,8 +23,7 @@ class ModelConfig:
     attn_implementation: str = arg("sdpa", help="attention of transformers: sdpa, eager, flash_attention_2, ...")
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: found {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        one_of(self, dtype=DTYPES)
 
 
 @dataclass

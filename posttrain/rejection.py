@@ -26,11 +26,10 @@ import torch
 from posttrain.chat import decode
 from posttrain.doctor import doctor_of
 from posttrain.errors import UserError
-from posttrain.layouts import LAYOUTS
+from posttrain.layouts import LAYOUTS, common_layout
 from posttrain.order import shuffled_indices
 from posttrain.progress import Progress
 from posttrain.rl.forward import PolicyForward, lay_out, split
-from posttrain.rl.models import common_layout
 from posttrain.rl.rollout import Sampling, sample_seed
 from posttrain.rl.scoring import call_rewards
 from posttrain.rl.types import Completion, Rollouts
@@ -66,7 +65,9 @@ class RejectionTrainer:
         first = config.start_from == "first"
         self.first = {k: v.detach().cpu().clone() for k, v in policy.state_dict().items()} if first else {}
         longest = max(len(row["prompt_ids"]) for row in prompts) + config.max_completion_length
-        self.layout = common_layout([policy], longest, LAYOUTS[1:], stage.note)  # a prompt has one solution a batch
+        self.layout, why = common_layout([policy], longest, LAYOUTS[1:])  # a prompt has one solution a batch
+        if why:
+            stage.note(f"solutions are laid out {self.layout.name}: {why}")
         self.updater, self.doctor = Updater(PolicyForward(policy), accelerator, optim, 1), doctor_of(stage)
         if stage.resume_folder is not None:
             self._load(stage.resume_folder)

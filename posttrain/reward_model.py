@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 import torch
 
-from posttrain.args import arg, at_least
+from posttrain.args import arg, at_least, one_of
 from posttrain.chat import control_tokens, stop_ids
 from posttrain.data import origin
-from posttrain.early_stopping import EarlyStopping, trained
+from posttrain.early_stopping import EarlyStopping
 from posttrain.errors import UserError
-from posttrain.layouts import LAYOUTS, Layout, find_layout
+from posttrain.layouts import LAYOUTS, Layout, common_layout
 from posttrain.lora import LoraArgs, add_adapter
 from posttrain.order import shuffled_indices
 from posttrain.progress import Progress
 from posttrain.ranking_forward import SequenceScores
 from posttrain.ranking_losses import LOSS_FUNCTIONS, TIES, RankingLoss
 from posttrain.ranking_rows import Ranking
-from posttrain.sharding import fill, full_trained, gathered, unshard
+from posttrain.sharding import full_trained, gathered, load_trained, unshard
 from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
 
 
@@ -50,9 +50,7 @@ class RewardConfig:
     validation_share: float = arg(0.1, help="with eval_steps: share of the training prompts kept for that loss alone")
 
     def __post_init__(self):
-        for key, allowed in {"loss_type": LOSS_FUNCTIONS, "ties": TIES, "layout": ("auto", *LAYOUTS)}.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"{key}: found {getattr(self, key)!r}, expected one of {', '.join(allowed)}")
+        one_of(self, loss_type=LOSS_FUNCTIONS, ties=TIES, layout=("auto", *LAYOUTS))
         for key, bound in {"label_smoothing": 0.5, "center_rewards_coefficient": math.inf}.items():
             if not 0 <= getattr(self, key) < bound:
                 raise UserError(f"{key}: found {getattr(self, key)}, expected 0 or more and less than {bound}")
@@ -96,10 +94,7 @@ def set_pad(model, tokenizer) -> None:
 def choose_layout(stage, model, rankings: list[Ranking], config: RewardConfig) -> Layout:
     """The layout that `layout` asks for. UserError where the model cannot take it; `stage` is told of a fall-back."""
     longest = max(len(s) for ranking in rankings for s in ranking.sequences)
-    try:
-        layout, why = find_layout(model, longest, config.layouts())
-    except ValueError as error:
-        raise UserError(f"layout: {config.layout}, but {error}; --layout auto takes the next best one") from error
+    layout, why = common_layout([model], longest, config.layouts())
     if why:
         stage.note(f"scores come from the {layout.name} layout: {why}")
     return layout
@@ -221,8 +216,7 @@ def _resume(stage, model, updater: Updater, stopper: EarlyStopping) -> tuple[int
     from safetensors.torch import load_file
 
     weights = load_file(stage.resume_folder / "model.safetensors")
-    for name, parameter in trained(model).items():
-        fill(parameter, weights[name])
+    load_trained(model, weights)
     state = read_state(stage.resume_folder)
     updater.load_state(state["updater"])
     stopper.load(stage.resume_folder, state["stopping"])

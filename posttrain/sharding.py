@@ -265,15 +265,24 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     return state if main else {}
 
 
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def full_trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that training changes, by name, as `full_state` gives them; `fill` takes each back."""
-    sharded, main = is_sharded(model), not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    whole = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            gathered = full(parameter)
-            whole[name] = gathered.cpu() if sharded and main else None if sharded else gathered
-    return whole if main or not sharded else {}
+    """`trained` as `full_state` gives them; `load_trained` takes them back."""
+    if not is_sharded(model):
+        return {name: full(parameter) for name, parameter in trained(model).items()}
+    main = torch.distributed.get_rank() == 0
+    gathered = ((name, full(parameter)) for name, parameter in trained(model).items())  # by every process
+    return {name: whole.cpu() for name, whole in gathered if main}
+
+
+def load_trained(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill the parameters that training changes; every process has all of `weights`, sharded or not."""
+    for name, parameter in trained(model).items():
+        fill(parameter, weights[name])
 
 
 def load_full_state(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
-from posttrain.args import arg, at_least
+from posttrain.args import arg, at_least, one_of
 from posttrain.errors import UserError
 from posttrain.rl.rollout import sample_seed
 
@@ -42,14 +42,7 @@ class RejectionConfig:
     max_tokens_per_microbatch: int = arg(8192, help="tokens of one forward and backward; memory, not mathematics")
 
     def __post_init__(self):
-        choices = {
-            "choice": ("shortest", "common", "random"),
-            "pool": ("round", "all"),
-            "start_from": ("last", "first"),
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"{key}: found {getattr(self, key)!r}, expected one of {', '.join(allowed)}")
+        one_of(self, choice=("shortest", "common", "random"), pool=("round", "all"), start_from=("last", "first"))
         at_least(self, num_rounds=1, num_prompts=1, num_generations=1, max_completion_length=1, max_prompt_length=1)
         at_least(self, max_kept=1, num_epochs=1, batch_size=1, max_tokens_per_microbatch=1)
         if not self.temperature > 0:

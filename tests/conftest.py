@@ -134,3 +134,18 @@ def small_chain(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (out / "said.txt").write_text(done.stdout)
     return out
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A `posttrain serve` of a tiny Llama, for a test that wants to stop it; `server` is sure to run."""
+    from server_helpers import Server
+
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(started):
+    return started.running()

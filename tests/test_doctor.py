@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rl_helpers import ROOT, frozen, make_trainer, settings, signals_restored, tiny_llama, tiny_scorer, tiny_tokenizer
+from rl_helpers import ROOT, frozen, make_trainer, settings, tiny_llama, tiny_scorer, tiny_tokenizer
 from test_report import Page, assert_inert, put
 
 from posttrain import yaml_file
@@ -29,10 +29,7 @@ from posttrain.training import OptimConfig
 RUN = {"num_prompts": 8, "num_generations": 8, "max_completion_length": 16, "max_steps": 6}
 
 
-@pytest.fixture(autouse=True)
-def restored_handlers():
-    with signals_restored():
-        yield
+pytestmark = pytest.mark.usefixtures("restored_signals")
 
 
 @cache

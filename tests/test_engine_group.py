@@ -128,18 +128,6 @@ def test_nccl_only_where_all_have_a_gpu():
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(started):
-    return started.running()
-
-
 def own_address() -> str | None:
     """An address of this machine that is no loopback; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

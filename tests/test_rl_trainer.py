@@ -18,7 +18,6 @@ from rl_helpers import (
     perturb,
     plain_logps,
     settings,
-    signals_restored,
     tiny_llama,
     tiny_scorer,
     tiny_tokenizer,
@@ -30,11 +29,7 @@ from posttrain.rl.rollout import HFEngine
 from posttrain.rl.types import Completion, Experience, Rollouts
 from posttrain.training import OptimConfig
 
-
-@pytest.fixture(autouse=True)
-def restored_handlers():
-    with signals_restored():
-        yield
+pytestmark = pytest.mark.usefixtures("restored_signals")
 
 
 def zero_critic(seed: int = 1):

@@ -186,13 +186,14 @@ def weights(accelerator, folder):
 SECTIONS = {section.__name__: section for section in (updates, resume, stops, weights, bf16)}
 
 
-def on_each_process(folder: str, *sections: str) -> None:
+def on_each_process(table: dict, folder: str, *sections: str) -> None:
+    """Run sections of a table of functions, and leave a file for each that ended, with what the process runs on."""
     from posttrain import sharding, stage
 
     process = sharding.processes()
     accelerator = stage.accelerator(bf16=sections == ("bf16",))
     for section in sections:
-        SECTIONS[section](accelerator, folder)
+        table[section](accelerator, folder)
         Path(f"{folder}/{section}-{process.process_index}").write_text(sharding.describe(process))
     accelerator.end_training()
 
@@ -200,27 +201,33 @@ def on_each_process(folder: str, *sections: str) -> None:
 # --- the tests
 
 
+def launch_sections(config: Path, script: str, folder: Path, *groups: list[str]) -> str:
+    """Launch `script` by an Accelerate file as two processes, once a group of sections; what they said."""
+    from recipe_runs import call
+
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
+    return "".join(call([*launch, script, folder, *sections]).stderr for sections in groups)
+
+
+def assert_both_ended(launched: tuple[Path, str], section: str, sharding: str) -> None:
+    folder, said = launched
+    for rank in (0, 1):
+        file = folder / f"{section}-{rank}"
+        assert file.is_file(), said[-4000:]
+        assert file.read_text() == f"2 processes on cpu (gloo), {sharding}: parameters in 2 shards"
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """(folder, what the processes said) of the sections in fp32, which share a launch, and of bf16."""
-    from recipe_runs import call
-
-    folder, said = tmp_path_factory.mktemp("sharded"), ""
-    config = ROOT / "recipes/accelerate/fsdp2.yaml"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", 2]
-    for sections in (["updates", "resume", "stops", "weights"], ["bf16"]):
-        said += call([*launch, __file__, folder, *sections]).stderr
-    return folder, said
+    folder, config = tmp_path_factory.mktemp("sharded"), ROOT / "recipes/accelerate/fsdp2.yaml"
+    return folder, launch_sections(config, __file__, folder, ["updates", "resume", "stops", "weights"], ["bf16"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
 def test_two_sharded_processes_are_one(launched, section):
-    folder, said = launched
-    for rank in (0, 1):
-        file = folder / f"{section}-{rank}"
-        assert file.is_file(), said[-4000:]
-        assert file.read_text() == "2 processes on cpu (gloo), FSDP2: parameters in 2 shards"
+    assert_both_ended(launched, section, "FSDP2")
 
 
 @pytest.mark.slow
@@ -282,4 +289,4 @@ def test_what_would_be_ignored_is_refused(monkeypatch, variable, value, words):
 
 
 if __name__ == "__main__":
-    on_each_process(*sys.argv[1:])
+    on_each_process(SECTIONS, *sys.argv[1:])

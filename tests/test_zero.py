@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import test_sharding
@@ -20,7 +19,22 @@ import torch
 from recipe_runs import ENV, argv, call, log, manifest
 from rl_helpers import tiny_llama, tiny_tokenizer
 from test_rl_processes import SCRIPT
-from test_sharding import RATE, ROOT, ROWS, SomeLogps, llama, plain_steps, resume, steps, stops, updater_of, weights
+from test_sharding import (
+    RATE,
+    ROOT,
+    ROWS,
+    SomeLogps,
+    assert_both_ended,
+    launch_sections,
+    llama,
+    on_each_process,
+    plain_steps,
+    resume,
+    steps,
+    stops,
+    updater_of,
+    weights,
+)
 from torch import nn
 
 from posttrain.models import save_pair
@@ -150,38 +164,21 @@ def exchange(accelerator, folder):
 SECTIONS = {part.__name__: part for part in (updates, resume, stops, weights, two, exchange, bf16)}
 
 
-def on_each_process(folder: str, *sections: str) -> None:
-    from posttrain import sharding, stage
-
-    process = sharding.processes()
-    accelerator = stage.accelerator(bf16=sections == ("bf16",))
-    for section in sections:
-        SECTIONS[section](accelerator, folder)
-        Path(f"{folder}/{section}-{process.process_index}").write_text(sharding.describe(process))
-    accelerator.end_training()
-
-
 # --- the tests
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """(folder, what the processes said) of the sections in fp32, which share a launch, and of bf16."""
-    folder, said = tmp_path_factory.mktemp("split"), ""
-    for sections in ([name for name in SECTIONS if name != "bf16"], ["bf16"]):
-        said += call([*LAUNCH, __file__, folder, *sections]).stderr
-    return folder, said
+    folder, in_fp32 = tmp_path_factory.mktemp("split"), [name for name in SECTIONS if name != "bf16"]
+    return folder, launch_sections(CONFIG, __file__, folder, in_fp32, ["bf16"])
 
 
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize("section", SECTIONS)
 def test_two_split_processes_are_one(launched, section):
-    folder, said = launched
-    for rank in (0, 1):
-        file = folder / f"{section}-{rank}"
-        assert file.is_file(), said[-4000:]
-        assert file.read_text() == "2 processes on cpu (gloo), DeepSpeed ZeRO-3: parameters in 2 shards"
+    assert_both_ended(launched, section, "DeepSpeed ZeRO-3")
 
 
 @needs_deepspeed
@@ -293,4 +290,4 @@ def test_without_deepspeed_the_way_to_it_is_named():
 
 
 if __name__ == "__main__":
-    on_each_process(*sys.argv[1:])
+    on_each_process(SECTIONS, *sys.argv[1:])

@@ -7,7 +7,7 @@ GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and REINFORCE++ are settings of it) and 
 import math
 from dataclasses import dataclass, replace
 
-from posttrain.args import arg, at_least
+from posttrain.args import arg, at_least, one_of
 from posttrain.errors import UserError
 from posttrain.layouts import LAYOUTS
 from posttrain.rl.advantages import ADVANTAGES
@@ -201,10 +201,3 @@ class PPOConfig:
         for key in ("critic_learning_rate", "cliprange_value", "reward_clip"):
             if not getattr(self, key) > 0 or math.isnan(getattr(self, key)):
                 raise UserError(f"{key}: found {getattr(self, key)}, expected a number above 0")
-
-
-def one_of(config, **choices) -> None:
-    """UserError naming the key whose value is none of its choices."""
-    for key, allowed in choices.items():
-        if getattr(config, key) not in allowed:
-            raise UserError(f"{key}: found {getattr(config, key)!r}, expected one of {', '.join(allowed)}")

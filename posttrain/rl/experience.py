@@ -28,7 +28,7 @@ def rewarded(rollouts: Rollouts, rewards, tokenizer, config: RLConfig, normalize
 def with_signal(experience: Experience) -> list[int]:
     """Groups whose rewards differ, by their place: only they have an advantage."""
     groups = experience.rewards.view(-1, experience.rollouts.num_generations)
-    return [g for g, rewards in enumerate(groups) if not (rewards == rewards[0]).all()]
+    return (groups != groups[:, :1]).any(1).nonzero()[:, 0].tolist()
 
 
 def join(first: Experience, second: Experience) -> Experience:
@@ -47,7 +47,7 @@ def take_groups(experience: Experience, chosen: list[int]) -> Experience:
     indices = [g * n + k for g in chosen for k in range(n)]
     by_name = {name: [values[i] for i in indices] for name, values in experience.rewards_by_name.items()}
     logps = [experience.old_logps[i] for i in indices]
-    return Experience(experience.rollouts.groups(chosen), experience.rewards[indices], by_name, logps)
+    return Experience(experience.rollouts.take(indices), experience.rewards[indices], by_name, logps)
 
 
 def kl_of_replies(experience: Experience) -> list[float]:

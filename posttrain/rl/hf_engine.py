@@ -8,11 +8,11 @@ from importlib import metadata
 
 import torch
 
-from posttrain.layouts import Layout
+from posttrain.layouts import Layout, head_size
 from posttrain.packing import by_tokens
 from posttrain.rl.engine import Sampling, sample_seed
 from posttrain.rl.forward import rollout_logps
-from posttrain.rl.hf_sample import can_sample, sample
+from posttrain.rl.hf_sample import can_sample, cut, sample
 from posttrain.rl.types import Completion, Rollouts
 
 CACHE_BYTES = 2**31  # memory for keys and values of a batch; more prompts go in several batches
@@ -47,10 +47,10 @@ class HFEngine:
 
     def _sample(self, prompts: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
         config = self.model.config.get_text_config()
-        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * head * self.model.dtype.itemsize  # bytes of its keys and values
-        most = CACHE_BYTES // (sampling.n * token)  # tokens of prompts with room for one completion each
+        size = 2 * config.num_hidden_layers * heads * head_size(config)  # numbers of a token's keys and values
+        bytes_each = size * self.model.dtype.itemsize
+        most = CACHE_BYTES // (sampling.n * bytes_each)  # tokens of prompts with room for one completion each
         batches = by_tokens([len(p) + sampling.max_tokens for p in prompts], max(1, most))
         completions: list[Completion | None] = [None] * (len(prompts) * sampling.n)
         for number, batch in enumerate(batches):
@@ -77,7 +77,9 @@ class HFEngine:
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         greedy = sampling.temperature == 0
-        chosen = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        chosen = (
+            {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        )
         output = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -87,19 +89,11 @@ class HFEngine:
             pad_token_id=self.pad_id,
             **chosen,
         )
-        completions = [_cut(row, sampling) for row in output[:, width:].tolist()]
+        completions = [cut(row, [], sampling.stop_ids) for row in output[:, width:].tolist()]
         logps = model_logps(self.model, prompts, [c.ids for c in completions], sampling.temperature or 1.0)
         for completion, values in zip(completions, logps, strict=True):
             completion.logps = values.tolist()
         return completions
-
-
-def _cut(ids: list[int], sampling: Sampling) -> Completion:
-    """A row of `generate` up to and with its first stop token."""
-    for position, token in enumerate(ids):
-        if token in sampling.stop_ids:
-            return Completion(ids[: position + 1], [], "stop")
-    return Completion(ids, [], "length")
 
 
 def model_logps(model, prompts, completions, temperature: float, max_tokens: int = 8192) -> list[torch.Tensor]:

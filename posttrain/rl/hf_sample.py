@@ -64,7 +64,7 @@ def sample(model, prompts: list[list[int]], sampling: Sampling, pad_id: int, see
             running, mask, places, chosen = (each[kept] for each in (running, mask, places, chosen))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         fed, places = chosen[:, None], places[:, -1:] + 1
-    return [_cut(*pair, sampling.stop_ids) for pair in zip(tokens.tolist(), logps.tolist(), strict=True)]
+    return [cut(*pair, sampling.stop_ids) for pair in zip(tokens.tolist(), logps.tolist(), strict=True)]
 
 
 def draw(logits: Tensor, sampling: Sampling, generator) -> tuple[Tensor, Tensor]:
@@ -73,11 +73,18 @@ def draw(logits: Tensor, sampling: Sampling, generator) -> tuple[Tensor, Tensor]
     if sampling.temperature == 0:
         chosen = logps.argmax(-1)
     else:
+        logps = likeliest(logps, sampling.top_k) if 0 < sampling.top_k < logps.shape[-1] else logps
         logps = nucleus(logps, sampling.top_p) if sampling.top_p < 1 else logps
         # argmax of p / Exp(1) draws from p: an eighth of the time of torch.multinomial
         noise = torch.empty_like(logps).exponential_(generator=generator)
         chosen = (logps - noise.log()).argmax(-1)
     return chosen, logps.gather(1, chosen[:, None])[:, 0]
+
+
+def likeliest(logps: Tensor, top_k: int) -> Tensor:
+    """Log-probabilities (N, V) of the `top_k` likeliest tokens, renormalised; -inf elsewhere."""
+    kept, order = logps.topk(top_k, -1)
+    return torch.full_like(logps, -torch.inf).scatter(1, order, kept.log_softmax(-1))
 
 
 def nucleus(logps: Tensor, top_p: float) -> Tensor:
@@ -88,7 +95,7 @@ def nucleus(logps: Tensor, top_p: float) -> Tensor:
     return torch.log_softmax(logps.masked_fill(outside, -torch.inf), -1)
 
 
-def _cut(ids: list[int], logps: list[float], stop_ids: tuple[int, ...]) -> Completion:
+def cut(ids: list[int], logps: list[float], stop_ids: tuple[int, ...]) -> Completion:
     """A row up to and with its first stop token."""
     for place, token in enumerate(ids):
         if token in stop_ids:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from posttrain.chat import stop_ids
 from posttrain.errors import UserError
-from posttrain.layouts import Layout, find_layout
+from posttrain.layouts import Layout
 from posttrain.lora import LoraArgs, add_adapter
 from posttrain.models import ModelConfig, load_causal_lm, load_pair, load_scalar_model
 from posttrain.rl.config import LossConfig, PPOConfig, RLConfig
@@ -110,20 +110,6 @@ def load_critic(base: ModelConfig, ppo: PPOConfig, policy, device) -> nn.Module:
     critic = load_scalar_model(replace(base, model_name_or_path=source, model_revision=revision))
     nn.init.zeros_(critic.score.weight)
     return critic.to(device).eval()
-
-
-def common_layout(models: list, longest: int, wanted: tuple[str, ...], note) -> Layout:
-    """The first of `wanted` that all the models can take, else UserError; `note(text)` is told of a fall-back."""
-    asked, why = wanted, ""
-    for model in models:
-        try:
-            layout, reason = find_layout(model, longest, wanted)
-        except ValueError as error:
-            raise UserError(f"layout: {asked[0]}, but {error}; --layout auto takes the next best one") from error
-        wanted, why = wanted[wanted.index(layout.name) :], why or reason
-    if why:
-        note(f"completions are laid out {layout.name}: {why}")
-    return layout
 
 
 @torch.no_grad()

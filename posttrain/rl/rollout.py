@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from posttrain.errors import UserError
+from posttrain.layouts import head_size
 from posttrain.rl.engine import Engine, EngineConfig, EngineError, Sampling, sample_seed
 from posttrain.rl.hf_engine import HFEngine, model_logps
 from posttrain.rl.vllm_engine import VLLMEngine
@@ -57,7 +58,7 @@ def vllm_obstacle(model_config) -> str | None:
             "vLLM inside the trainer runs with one process only: start `posttrain serve MODEL` and train with "
             "--use_vllm server"
         )
-    head = getattr(model_config, "head_dim", None) or model_config.hidden_size // model_config.num_attention_heads
+    head = head_size(model_config)
     if not torch.cuda.is_available() and head not in CPU_HEAD_SIZES:
         return f"vLLM on CPU has no attention for heads of {head}, only {', '.join(map(str, CPU_HEAD_SIZES))}"
     return None

@@ -3,11 +3,10 @@
 In: an `RLTrainer` between two steps. Out: a checkpoint's folder, and back; bit-equal on a CPU.
 """
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from posttrain.errors import UserError
-from posttrain.sharding import fill, full_trained
+from posttrain.sharding import full_trained, load_trained
 from posttrain.training import read_state, write_state
 
 WEIGHTS, CRITIC = "policy.safetensors", "critic.safetensors"
@@ -50,9 +49,9 @@ def _write(trainer, collectors: list[dict]) -> None:
 
 def load(trainer, folder) -> None:
     """Set the trainer to a checkpoint. UserError where it was made by another number of processes."""
-    _load_weights(trainer.policy, folder / WEIGHTS)
+    load_trained(trainer.policy, load_file(folder / WEIGHTS))
     if trainer.critic is not None:
-        _load_weights(trainer.critic, folder / CRITIC)
+        load_trained(trainer.critic, load_file(folder / CRITIC))
     parts = read_state(folder)
     world, found = trainer.accelerator.num_processes, len(parts["collectors"])
     if found != world:
@@ -64,11 +63,3 @@ def load(trainer, folder) -> None:
     trainer.kl_weight.load_state(parts["kl_weight"])
     trainer.moments.load_state(parts["moments"])
     trainer.tokens, trainer.step = parts["tokens"], parts["step"]
-
-
-@torch.no_grad()
-def _load_weights(model, file) -> None:
-    weights = load_file(file)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            fill(parameter, weights[name])

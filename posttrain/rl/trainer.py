@@ -15,6 +15,7 @@ import torch
 from posttrain import sharding
 from posttrain.doctor import doctor_of
 from posttrain.errors import UserError
+from posttrain.layouts import common_layout
 from posttrain.lora import has_adapter
 from posttrain.progress import Progress
 from posttrain.rl import state
@@ -26,7 +27,7 @@ from posttrain.rl.forward import CriticForward, PolicyForward, each_token, rollo
 from posttrain.rl.kl import AdaptiveKL, FixedKL, RunningMoments, kl_loss
 from posttrain.rl.losses import clipped_value_loss, policy_loss, sequence_weights, token_total
 from posttrain.rl.metrics import Arithmetic, TokenSums, experience_numbers, mean
-from posttrain.rl.models import Networks, common_layout, move
+from posttrain.rl.models import Networks, move
 from posttrain.rl.rollout import EngineError, Sampling, sample_seed
 from posttrain.rl.scoring import sample_rows
 from posttrain.rl.sync import prove_sync
@@ -51,7 +52,9 @@ class RLTrainer:
         policy.eval()  # dropout off: the engine has none, and ratios would be noise
         models = [policy] if critic is None or trunk else [policy, critic.eval()]
         longest = max(len(row["prompt_ids"]) for row in prompts) + config.max_completion_length
-        self.layout = common_layout(models, longest, config.layouts(), stage.note)
+        self.layout, why = common_layout(models, longest, config.layouts())
+        if why:
+            stage.note(f"completions are laid out {self.layout.name}: {why}")
         own = None if trunk else critic
         self.arithmetic = Arithmetic(policy, own, accelerator.device, torch.bfloat16 if optim.bf16 else policy.dtype)
         updates = config.max_steps * config.num_iterations * config.num_minibatches
@@ -170,7 +173,8 @@ class RLTrainer:
 
     def _resample(self, experience: Experience) -> Experience:
         """DAPO's dynamic sampling (2503.14476): more prompts, until enough groups have rewards that differ."""
-        want, self.sampled_groups = len(experience.rewards) // self.config.num_generations, 1.0
+        n = self.config.num_generations
+        want, began = len(experience.rewards) // n, self.collector.taken - self.config.num_prompts
         for attempt in range(1, self.config.dynamic_sampling + 1):
             missing = torch.tensor(float(max(0, want - len(with_signal(experience)))))
             if self._sum(missing).item() == 0:
@@ -179,9 +183,9 @@ class RLTrainer:
                 self.collector.begin(self.step, attempt)
                 rollouts = self.collector.take()
             experience = join(experience, self.reward(rollouts))
-            self.sampled_groups += 1
+        self.sampled_groups = self.collector.taken - began
         good = with_signal(experience)
-        flat = [g for g in range(int(want * self.sampled_groups)) if g not in set(good)]
+        flat = sorted(set(range(len(experience.rewards) // n)) - set(good))
         return take_groups(experience, (good + flat)[:want])
 
     def reward(self, rollouts: Rollouts) -> Experience:
@@ -354,7 +358,7 @@ class RLTrainer:
             local["beta"] = self.kl_weight.beta
             self.kl_weight.update(self.kl, self.config.num_prompts * self.config.num_generations)
         if self.config.dynamic_sampling:
-            local["sampled_groups"] = self.sampled_groups
+            local["sampled_groups"] = float(self.sampled_groups)
         if not math.isfinite(self.kl):
             raise UserError(f"step {self.step}: the KL to the start is {self.kl}; lower learning_rate or raise beta")
         shares = {f"share/{part}": seconds / wall for part, seconds in self.seconds.items()}

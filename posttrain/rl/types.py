@@ -51,12 +51,10 @@ class Rollouts:
         """Tokens of all prompts and completions."""
         return sum(map(len, self.prompt_ids)) + sum(self.lengths)
 
-    def groups(self, chosen: list[int]) -> "Rollouts":
-        """Those of some prompts, by their place among the prompts."""
-        n = self.num_generations
-        indices = [g * n + k for g in chosen for k in range(n)]
+    def take(self, indices: list[int]) -> "Rollouts":
+        """Some completions, whole groups of them."""
         parts = ([values[i] for i in indices] for values in (self.rows, self.prompt_ids, self.completions))
-        return Rollouts(*parts, n)
+        return Rollouts(*parts, self.num_generations)
 
 
 @dataclass
