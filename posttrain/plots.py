@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 from posttrain.figures import ticks
+from posttrain.tokenizer_figure import compression_bars
 
 STYLE = (
     "svg{font-family:system-ui,sans-serif;background:#fff}text{fill:#5d6670;font-size:11px}.end{text-anchor:end}"
@@ -99,9 +100,10 @@ def by_length_plot(groups: list[dict]) -> Markup:
 
 
 def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:
-    """(caption, picture) of what a stage's manifest holds beside its metrics; [] for all but reward models."""
+    """(caption, picture) of what a stage's manifest holds beside its metrics; [] where it holds no such thing."""
     kinds = {
         "reliability": ("reliability: pairs right against how sure the score is", reliability_plot),
         "by_length": ("pairs right by the difference in length", by_length_plot),
+        "compression": ("bytes per token by language and domain; dashed: a token a byte", compression_bars),
     }
     return [(caption, draw(manifest[key])) for key, (caption, draw) in kinds.items() if manifest.get(key)]
