@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from posttrain.decoding import check_settings, sample
 from posttrain.errors import UserError
 from posttrain.stage import read_manifest
 
@@ -60,15 +61,6 @@ def chat(
         return 0
     note(f"{model}: {session.describe()}; /help lists the commands")
     return converse(session)
-
-
-def check_settings(temperature: float, top_p: float, max_new_tokens: int) -> None:
-    if not temperature >= 0:
-        raise UserError(f"temperature is {temperature}; expected 0 (greedy) or more, for example 0.7")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; expected more than 0 and at most 1, for example 0.95")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens is {max_new_tokens}; expected 1 or more, for example 256")
 
 
 def load(name: str):
@@ -135,6 +127,8 @@ def check_architecture(name: str, architectures: list[str]) -> None:
                 path = next(iter(parents.values()))["path"]
                 mend = f"It was trained from {path}: try posttrain chat {path}"
             raise UserError(f"{name} is a reward model ({architecture}): it scores replies and writes none. {mend}")
+        if architecture.endswith("ForMaskedLM"):
+            raise UserError(f"{name} is an encoder ({architecture}): it fills gaps. Choose a causal language model.")
 
 
 def models_in(folder: Path) -> list[str]:
@@ -151,44 +145,6 @@ def choices(folder: Path) -> str:
     if not models:
         return "Expected the folder of a model (the one with config.json) or a Hub id such as openai-community/gpt2."
     return f"Choose one of {', '.join(models)}" if len(models) > 1 else f"Choose {models[0]}"
-
-
-def sample(model, prompt_ids: list[int], stop_ids: set[int], max_new_tokens: int, temperature, top_p, generator):
-    """Yield (token id, its probability under the model at temperature 1) until a stop token, which is yielded too.
-
-    Raises UserError when the model's output is not a number.
-    """
-    import torch
-
-    ids = torch.tensor([prompt_ids], device=model.device)  # (1, T), then (1, 1): the rest is in the KV cache
-    cache = None
-    for _ in range(max_new_tokens):
-        with torch.inference_mode():
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        # On the CPU, so that one seed gives the same draws on every device.
-        logits = output.logits[0, -1].float().cpu()  # (V,)
-        if logits.isnan().any():
-            raise UserError("the model's logits are not numbers (NaN): its weights are broken; use another checkpoint")
-        token = choose(logits, temperature, top_p, generator)
-        yield token, logits.softmax(-1)[token].item()
-        if token in stop_ids:
-            return
-        cache, ids = output.past_key_values, torch.tensor([[token]], device=model.device)
-
-
-def choose(logits, temperature: float, top_p: float, generator) -> int:
-    """Draw one token id from `logits` (V,): greedy at temperature 0, else from the smallest set of mass >= top_p."""
-    import torch
-
-    if temperature == 0:
-        return int(logits.argmax())
-    # With the largest logit at 0 a tiny temperature cannot overflow.
-    probs = ((logits - logits.max()) / temperature).softmax(-1)  # (V,)
-    if top_p < 1:
-        ordered, order = probs.sort(descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
-        probs[order[outside]] = 0
-    return int(torch.multinomial(probs, 1, generator=generator))
 
 
 @dataclass

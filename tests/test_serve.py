@@ -24,8 +24,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from posttrain.decoding import choose
 from posttrain.errors import UserError
-from posttrain.serve import TextStream, chat, choose, printable
+from posttrain.serve import TextStream, chat, printable
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -95,13 +95,17 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample: `n` completions a prompt, at most `max_tokens` each, ending at any of `stop_ids`."""
+    """How to sample: `n` completions a prompt, at most `max_tokens` each, ending at any of `stop_ids`.
+
+    Of the `top_k` likeliest tokens (0: all), the smallest set that holds `top_p` of their mass can be drawn.
+    """
 
     n: int
     max_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
 
 
 class Engine(Protocol):

@@ -128,6 +128,7 @@ def sampling_fields(sampling: Sampling) -> dict:
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
         "stop_token_ids": list(sampling.stop_ids),
         "ignore_eos": True,  # stop_ids alone decide, as in HFEngine
         "logprobs": 0,
