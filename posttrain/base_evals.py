@@ -8,21 +8,42 @@ from collections import Counter, defaultdict
 
 import torch
 
+from posttrain.errors import UserError
+from posttrain.few_shot import first_line
 from posttrain.intervals import measured_ratio
 from posttrain.rl.rollout import Sampling, model_logps
 from posttrain.rl.types import Rollouts
 
 
-def bits_per_byte(model, tokenizer, texts: list[str], max_length: int) -> dict:
-    """Bits a byte of `texts` under `model`, each text begun after the end-of-text token; interval over texts.
+def begin_id(tokenizer) -> int | None:
+    """The token that a document begins with: begin-of-text, or end-of-text where a tokenizer has only that."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
-    -log2 p(text) summed over all texts / bytes of all texts; the interval is that of a ratio of means.
+
+def rolling_windows(ids: list[int], begin: int, size: int) -> list[tuple[list[int], list[int]]]:
+    """(context, tokens to predict) pairs that predict each of `ids` once, `size` tokens or fewer to predict each.
+
+    The first window's context is `begin`, later ones see the token before, and the last one as many tokens before as
+    fill it: the convention of lm-evaluation-harness (its `get_rolling_token_windows` with a context of 1).
     """
-    bits, sizes = [], []
+    windows = [([begin], ids[:size])] if ids else []
+    for start in range(size, len(ids), size):
+        stop = min(start + size, len(ids))
+        windows.append((ids[stop - size - 1 : start], ids[start:stop]))
+    return windows
+
+
+def bits_per_byte(model, tokenizer, texts: list[str], max_length: int) -> dict:
+    """Bits a byte of `texts` under `model`, each text begun after the begin token; interval over texts.
+
+    -log2 p(text) summed over all texts / bytes of all texts; the interval is that of a ratio of means. Windows hold
+    `max_length` tokens, context included, so a text of fewer tokens is read as a whole.
+    """
+    bits, sizes, begin = [], [], begin_id(tokenizer)
     for text in filter(None, texts):  # an empty one has no bytes
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        chunks = [ids[i : i + max_length - 1] for i in range(0, len(ids), max_length - 1)]
-        logps = model_logps(model, [[tokenizer.eos_token_id]] * len(chunks), chunks, 1.0)
+        contexts, windows = zip(*rolling_windows(ids, begin, max_length - 1), strict=True)
+        logps = model_logps(model, list(contexts), list(windows), 1.0)
         bits.append(-torch.cat(logps).sum().item() / math.log(2))
         sizes.append(len(text.encode()))
     return measured_ratio(bits, sizes, "bits/byte")
@@ -72,3 +93,19 @@ def sample_after_examples(engine, tokenizer, rows: list[dict], n: int, max_token
         if "\n" in text:
             completion.ids = tokenizer(text.split("\n")[0], add_special_tokens=False)["input_ids"]
     return Rollouts([r for r in rows for _ in range(n)], [p for p in prompts for _ in range(n)], completions, n)
+
+
+def few_shot_answers(engine, tokenizer, prompts: list[str], max_tokens: int, room: int, seed: int) -> list[str]:
+    """The greedy answer to each prompt, solved examples in front: the first line of what follows, without blanks.
+
+    UserError where a prompt and its answer are more than `room` tokens.
+    """
+    ids = [[begin_id(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in prompts]
+    longest = max(map(len, ids)) + max_tokens
+    if longest > room:
+        raise UserError(
+            f"a prompt and its answer take {longest} tokens, the model's context has {room}: show fewer or shorter "
+            "examples, or ask for shorter answers (--max_tokens)"
+        )
+    found = engine.generate(ids, Sampling(1, max_tokens, (tokenizer.eos_token_id,), temperature=0.0), seed)
+    return [first_line(tokenizer.decode(c.ids, skip_special_tokens=True)) for c in found]

@@ -5,8 +5,10 @@
     posttrain report runs/tiny
     posttrain doctor runs/tiny
     posttrain chat runs/tiny/grpo [--prompt TEXT]
+    posttrain complete runs/tiny/pretrain --prompt TEXT [--n 3] [--few_shot FILE] [--probs]
     posttrain serve runs/tiny/sft [--port 8000]
     posttrain eval runs/tiny/reward --data tiny --data_config rankings [--json FILE]
+    posttrain eval runs/tiny/pretrain --suite tiny | --tasks A,B | --regurgitation ... [--json FILE]
     posttrain bestof --model runs/tiny/sft --reward runs/tiny/reward --n 16 --data tiny --data_config prompts
     posttrain attack-reward my_rewards.short [--options KEY=VALUE ...] [--tokenizer PATH] [--timeout S]
     posttrain template list | show NAME | check FILE [--tokenizer PATH] | diff A B
@@ -18,7 +20,9 @@ user can mend, 128 + n after signal n.
 
 import argparse
 
+from posttrain.complete import add_verb as add_complete
 from posttrain.errors import entry
+from posttrain.eval_verb import add_verb as add_eval
 from posttrain.serve_engine import add_verb as add_serve
 
 
@@ -80,8 +84,9 @@ def parser() -> argparse.ArgumentParser:
 
     _add_doctor(verbs, debug)
     _add_chat(verbs, debug)
+    add_complete(verbs, debug)
     add_serve(verbs, debug)
-    _add_eval(verbs, debug)
+    add_eval(verbs, debug)
     _add_bestof(verbs, debug)
     _add_attack(verbs, debug)
     add_template(verbs, debug)
@@ -142,22 +147,6 @@ def _add_chat(verbs, debug: argparse.ArgumentParser) -> None:
     chat.add_argument("--seed", type=int, help="default: another one each time")
 
 
-def _add_eval(verbs, debug: argparse.ArgumentParser) -> None:
-    measure = verbs.add_parser("eval", parents=[debug], help="a reward model's figures on held-out rankings")
-    measure.set_defaults(call=call_eval)
-    measure.add_argument("model", metavar="MODEL", help="folder of a reward model, or a name on the Hub")
-    measure.add_argument(
-        "--data", required=True, metavar="NAME", help="rankings or pairs: as dataset_name in a config"
-    )
-    measure.add_argument("--data_config", metavar="NAME", help="as dataset_config")
-    measure.add_argument("--data_adapter", metavar="NAME", help="as dataset_adapter")
-    measure.add_argument("--split", default="test", help="split or slice; default: %(default)s")
-    measure.add_argument("--rows", type=int, help="use so many; default: all")
-    measure.add_argument("--max_length", type=int, default=1024, help="longer ones are left out; default: %(default)s")
-    measure.add_argument("--seed", type=int, default=0, help="of tiny's world; default: %(default)s")
-    measure.add_argument("--json", metavar="FILE", help="write all figures there, too")
-
-
 def _add_bestof(verbs, debug: argparse.ArgumentParser) -> None:
     best = verbs.add_parser("bestof", parents=[debug], help="what the reward model's favourite of n replies is worth")
     best.set_defaults(call=call_bestof)
@@ -216,19 +205,6 @@ def call_inspect(options: argparse.Namespace) -> int:
         html=options.html,
         against=options.against,
     )
-
-
-def call_eval(options: argparse.Namespace) -> int:
-    from posttrain import reward_eval
-    from posttrain.data import DataConfig
-
-    data = DataConfig(options.data, options.data_config, dataset_adapter=options.data_adapter, max_rows=options.rows)
-    print(
-        reward_eval.report_folder(
-            options.model, data, options.split, seed=options.seed, max_length=options.max_length, file=options.json
-        )
-    )
-    return 0
 
 
 def call_doctor(options: argparse.Namespace) -> int:

@@ -8,10 +8,11 @@ By hand: `posttrain eval runs/tiny/reward --data tiny --data_config rankings`.
 import json
 from pathlib import Path
 
-from posttrain import figures, ranking_metrics
+from posttrain import ranking_metrics
 from posttrain.calibration import by_length, reliability
 from posttrain.data import DataConfig, load_rows
 from posttrain.errors import UserError
+from posttrain.eval_report import metric_lines
 from posttrain.layouts import find_layout
 from posttrain.models import ModelConfig, load_config, load_scalar_model, load_tokenizer
 from posttrain.ranking_forward import score_rankings
@@ -63,11 +64,7 @@ def report_folder(path: str, data: DataConfig, split: str, *, seed: int, max_len
     found = measure_folder(path, data, split, seed=seed, max_length=max_length)
     if file is not None:
         Path(file).write_text(json.dumps(found, indent=1), encoding="utf-8")
-    lines = []
-    for name, figure in found["metrics"].items():
-        value, interval = figures.measure(figure, figure.get("unit") or "")
-        unit = "" if figure.get("unit") in ("", "%") else f" {figure['unit']}"
-        lines.append(f"{name:40}  {value}{unit}  {interval or ''}  n {figure.get('n')}")
+    lines = metric_lines(found["metrics"])
     source = found["data"]
     lines.append(f"{source['rows']} rows of {source['name']}, {split}; {found['too_long']} left out as too long")
     return "\n".join(lines)

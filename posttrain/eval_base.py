@@ -1,0 +1,224 @@
+"""Measure a base model as `posttrain eval` asks: bits per byte, few-shot answers, tiny's facts, regurgitation, tasks.
+
+In: the verb's options. Out: a report as text and, where asked for, as JSON: `metrics` (name -> value, low, high, n,
+unit), `conclusions`, and what gives them again: the model's files by hash, data, settings, seed, versions.
+"""
+
+import tempfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from posttrain import base_evals
+from posttrain.data import DataConfig, load_rows
+from posttrain.errors import UserError
+from posttrain.intervals import measured
+
+SHOWN = 4  # rows of --few_shot that are shown unless --num_fewshot says otherwise
+TINY_TOKENS = 512  # room for the questions of --suite tiny and their answers
+
+
+@dataclass
+class Found:
+    """What was measured; `more` goes into the JSON file alone."""
+
+    metrics: dict[str, dict] = field(default_factory=dict)
+    conclusions: list[str] = field(default_factory=list)
+    more: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `make_engine` asks of a stage: a seed, a folder and somebody to tell."""
+
+    output_dir: Path
+    config: dict
+
+    def note(self, text: str) -> None:
+        print(f"eval: {text}", flush=True)
+
+
+class Subject:
+    """The model under study; the engine that samples from it is made when it is first asked for."""
+
+    def __init__(self, options):
+        from posttrain.serve import load
+
+        self.options = options
+        self.model, self.tokenizer = load(options.model)
+        # Models without position limit (state space models) have no such key.
+        self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+        self.scratch = tempfile.TemporaryDirectory(prefix="posttrain-eval-")
+        self.longest = 0  # tokens that the engine needs room for
+
+    @cached_property
+    def engine(self):
+        """vLLM or transformers, as --use_vllm says."""
+        from posttrain.rl.rollout import EngineConfig, make_engine
+
+        study = Study(Path(self.scratch.name), {"seed": self.options.seed})
+        config = EngineConfig(use_vllm=self.options.use_vllm)
+        return make_engine(config, self.model, self.tokenizer, min(self.longest, self.context), study)
+
+
+def report(options) -> str:
+    """Everything that the options ask for, as lines; all of it as JSON in the file of --json."""
+    from posttrain.eval_report import metric_lines, write_report
+
+    found = measure(options)
+    if options.json is not None:
+        told = {"metrics": found.metrics, "conclusions": found.conclusions, **found.more}
+        settings = {
+            key: value for key, value in vars(options).items() if not callable(value) and key not in ("debug", "rest")
+        }
+        write_report(options.json, told, options.model, settings)
+    return "\n".join(metric_lines(found.metrics) + found.conclusions)
+
+
+def measure(options) -> Found:
+    """What the options ask for; flags, files and data are looked at before the model is loaded."""
+    tasks, examples, found = harness_settings(options), shown_examples(options), Found()
+    wanted = regurgitation_settings(options)
+    if not (options.data or options.suite or examples or tasks):
+        raise UserError(
+            "nothing to measure: give --data (texts, for bits per byte), --few_shot FILE, --suite tiny, "
+            "--regurgitation or --tasks A,B"
+        )
+    held_out = texts(options, found, "") if options.data else []
+    trained = texts(options, found, "train_") if options.train_data else []
+    subject = Subject(options)
+    jobs = [
+        (held_out, 0, lambda: bits(subject, held_out, trained)),
+        (examples, subject.context, lambda: few_shot(subject, examples, found)),
+        (options.suite, TINY_TOKENS, lambda: tiny(subject)),
+        (wanted, wanted and wanted.size + 1, lambda: regurgitation(subject, trained, held_out, wanted, found)),
+        (tasks, 0, lambda: harness(subject, tasks, found)),
+    ]
+    asked = [(longest, job) for given, longest, job in jobs if given]
+    subject.longest = max(longest for longest, _ in asked)
+    for _, job in asked:
+        found.metrics |= job()
+    return found
+
+
+def texts(options, found: Found, prefix: str) -> list[str]:
+    """The texts of --data (prefix "") or --train_data ("train_"), whose description goes into the JSON file."""
+
+    def given(name: str):
+        return getattr(options, prefix + name)
+
+    same = prefix and given("data") == options.data
+    name, adapter = (
+        given(key) or (getattr(options, key) if same else None) for key in ("data_config", "data_adapter")
+    )
+    config = DataConfig(given("data"), name, dataset_adapter=adapter, max_rows=given("rows"))
+    rows, description = load_rows(config, given("split"), options.seed, ("text",))
+    found.more[f"{prefix}data"] = description
+    return [row["text"] for row in rows]
+
+
+# --- each measure: name -> figure
+
+
+def bits(subject: Subject, held_out: list[str], trained: list[str]) -> dict:
+    """Bits a byte of the held-out texts and, beside it, of a byte trigram of the training texts."""
+    longest = min(subject.options.max_length, subject.context)
+    found = {"bits per byte": base_evals.bits_per_byte(subject.model, subject.tokenizer, held_out, longest)}
+    if trained:
+        found["bits per byte, byte trigram"] = base_evals.ByteTrigram(trained).bits_per_byte(
+            list(filter(None, held_out))
+        )
+    return found
+
+
+def shown_examples(options) -> list:
+    """The rows of --few_shot. UserError where they are not more than are shown."""
+    from posttrain.few_shot import read_examples
+
+    if not options.few_shot:
+        return []
+    examples, shown = read_examples(options.few_shot), num_shown(options)
+    if not 0 <= shown < len(examples):
+        raise UserError(
+            f"--num_fewshot: found {shown}, and {options.few_shot} has {len(examples)} rows: the first "
+            "--num_fewshot are shown and all others asked, so give fewer, or a file with more rows"
+        )
+    return examples
+
+
+def num_shown(options) -> int:
+    return SHOWN if options.num_fewshot is None else options.num_fewshot
+
+
+def few_shot(subject: Subject, examples: list, found: Found) -> dict:
+    """The share of questions that are answered word for word, after the first rows as examples."""
+    options, shown = subject.options, num_shown(subject.options)
+    before = "".join(example.line for example in examples[:shown])
+    asked = examples[shown:]
+    answers = base_evals.few_shot_answers(
+        subject.engine, subject.tokenizer, [before + e.input for e in asked], options.max_tokens, subject.context,
+        options.seed,
+    )  # fmt: skip
+    pairs = list(zip(asked, answers, strict=True))
+    found.more["answers"] = [{"input": e.input, "output": e.output, "answer": answer} for e, answer in pairs]
+    right = [float(answer == e.output) for e, answer in pairs]
+    return {f"exact match after {shown} example{'' if shown == 1 else 's'}": measured(right, "%")}
+
+
+def tiny(subject: Subject) -> dict:
+    from posttrain import tiny_evals
+
+    options = subject.options
+    return tiny_evals.measure(
+        subject.model, subject.engine, subject.tokenizer, options.seed, subject.context, options.rows
+    )
+
+
+def regurgitation_settings(options):
+    """Settings of --regurgitation, None where it is not asked for. UserError where the texts are not given."""
+    from posttrain.regurgitation import Settings
+
+    if not options.regurgitation:
+        return None
+    if options.data is None or options.train_data is None:
+        raise UserError(
+            "--regurgitation: needs --train_data, which the model was trained on, and --data, held-out texts"
+        )
+    return Settings(options.prefix_tokens, options.continue_tokens, options.max_passages, options.seed)
+
+
+def regurgitation(subject: Subject, trained: list[str], held_out: list[str], settings, found: Found) -> dict:
+    from posttrain.regurgitation import measure
+
+    if settings.size + 1 > subject.context:
+        raise UserError(
+            f"--prefix_tokens and --continue_tokens: {settings.size} tokens in all and one to begin with, the model's "
+            f"context has {subject.context}; lower one"
+        )
+    result = measure(subject.engine, subject.tokenizer, trained, held_out, settings)
+    found.conclusions.append(result.pop("conclusion"))
+    metrics = result.pop("metrics")
+    found.more["regurgitation"] = result
+    return metrics
+
+
+def harness_settings(options):
+    """Settings of --tasks, None where it is not given. UserError where the harness is missing or a flag is off."""
+    from posttrain.harness import Settings, check
+
+    if options.tasks is None:
+        return None
+    names = tuple(filter(None, (name.strip() for name in options.tasks.split(","))))
+    settings = Settings(
+        names, options.include_path, options.num_fewshot, options.limit, options.batch_size, options.seed
+    )
+    check(settings)
+    return settings
+
+
+def harness(subject: Subject, settings, found: Found) -> dict:
+    from posttrain.harness import measure
+
+    result = measure(subject.model, subject.tokenizer, settings)
+    found.more["harness"] = result["harness"]
+    return result["metrics"]

@@ -1,0 +1,154 @@
+"""Does a model say its training documents again, word for word, and how often must it have read one to do so?
+
+In: an engine, training documents and held-out ones. Out: for each class of how often a passage stands in training,
+and for held-out passages, the share that greedy decoding continues verbatim and the tokens that agree, with intervals.
+Run: posttrain eval MODEL --regurgitation --train_data DATA --data DATA [--prefix_tokens 50 --continue_tokens 50]
+
+A passage is how a document begins: `prefix` tokens that the model is given, `length` tokens that it should not know by
+heart. What it says of held-out passages is what can be guessed; training passages above that were memorised
+("extractable", Carlini et al. 2022, arXiv:2202.07646, where the share grows with the logarithm of the count).
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from posttrain.errors import UserError
+from posttrain.intervals import clearly_higher, measured
+from posttrain.rl.engine import Engine, Sampling
+
+BUCKETS = ((1, 1), (2, 9), (10, 99), (100, None))  # how often a passage stands in the training data
+HELD_OUT = "held out"
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The beginning of a document, as tokens, and how many training documents begin so; 0: held out."""
+
+    ids: tuple[int, ...]
+    times: int
+
+    @property
+    def group(self) -> str:
+        return HELD_OUT if self.times == 0 else bucket(self.times)
+
+
+def bucket(times: int, buckets=BUCKETS) -> str:
+    """The class of a count, as text: "1", "2-9", ..., "100+". ValueError for a count below all."""
+    for low, high in buckets:
+        if low <= times and (high is None or times <= high):
+            return f"{low}+" if high is None else f"{low}-{high}" if high > low else str(low)
+    raise ValueError(f"no class of {buckets} holds {times}")
+
+
+def passages(tokenizer, train: list[str], held_out: list[str], size: int) -> tuple[list[Passage], dict[str, int]]:
+    """(different passages of `size` tokens, what was left out). Two count as one where their text is the same but for
+    case and white space. Left out: documents that are too short, held-out passages that stand in training."""
+    from posttrain.data.overlap import normalised
+
+    def read(texts: list[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(normalised text, tokens) of each document that is long enough."""
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            if len(ids) >= size:
+                yield normalised(tokenizer.decode(ids[:size])), tuple(ids[:size])
+
+    trained, other = list(read(train)), list(read(held_out))
+    times = Counter(key for key, _ in trained)
+    first = dict(reversed(trained))  # of equal ones the first
+    new = {key: ids for key, ids in reversed(other) if key not in times}
+    left = {
+        "training documents too short": len(train) - len(trained),
+        "held-out documents too short": len(held_out) - len(other),
+        "held-out documents that begin as training ones do": sum(key in times for key, _ in other),
+    }
+    found = [Passage(ids, times[key]) for key, ids in first.items()] + [Passage(ids, 0) for ids in new.values()]
+    for what, missing in (("train_data", not first), ("data", not new)):
+        if missing:
+            counted = ", ".join(f"{count} {name}" for name, count in left.items() if count)
+            raise UserError(
+                f"--{what}: no passage of {size} tokens to ask for ({counted or 'no documents'}); lower "
+                "--prefix_tokens and --continue_tokens, or give other documents"
+            )
+    return found, left
+
+
+def chosen(found: list[Passage], most: int, seed: int) -> dict[str, list[Passage]]:
+    """Group -> at most `most` of its passages, drawn by seed; held out first, then by rising count."""
+    groups: dict[str, list[Passage]] = {}
+    for passage in sorted(found, key=lambda p: (p.times, p.ids)):
+        groups.setdefault(passage.group, []).append(passage)
+    draw = random.Random(seed)
+    return {name: draw.sample(group, most) if len(group) > most else group for name, group in groups.items()}
+
+
+def agreement(engine: Engine, begin: int, asked: list[Passage], prefix: int, seed: int) -> list[int]:
+    """Tokens by which the greedy continuation of each prefix agrees with the passage before it first differs."""
+    prompts = [[begin, *passage.ids[:prefix]] for passage in asked]
+    length = len(asked[0].ids) - prefix
+    found = engine.generate(prompts, Sampling(1, length, (), temperature=0.0), seed)
+    return [common(c.ids, passage.ids[prefix:]) for c, passage in zip(found, asked, strict=True)]
+
+
+def common(left, right) -> int:
+    """Length of the longest common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Tokens that are given and asked for, passages a group at most, and the seed that they are drawn by."""
+
+    prefix: int = 50
+    length: int = 50
+    most: int = 200
+    seed: int = 0
+
+    @property
+    def size(self) -> int:
+        """Tokens of a passage."""
+        return self.prefix + self.length
+
+    def __post_init__(self):
+        for name, value in (
+            ("prefix_tokens", self.prefix),
+            ("continue_tokens", self.length),
+            ("max_passages", self.most),
+        ):
+            if value < 1:
+                raise UserError(f"--{name}: found {value}, expected 1 or more")
+
+
+def measure(engine: Engine, tokenizer, train: list[str], held_out: list[str], settings: Settings) -> dict:
+    """{"metrics", "groups", "left_out", "conclusion"}; a passage is one observation.
+
+    metrics: "verbatim, seen 10-99" (share) and "agreeing tokens, seen 10-99" and so on, and of "held out".
+    """
+    from posttrain.base_evals import begin_id
+
+    found, left = passages(tokenizer, train, held_out, settings.size)
+    groups = chosen(found, settings.most, settings.seed)
+    verbatim, tokens = {}, {}
+    for name, asked in groups.items():
+        sizes = agreement(engine, begin_id(tokenizer), asked, settings.prefix, settings.seed)
+        verbatim[name] = measured([float(size == settings.length) for size in sizes], "%")
+        tokens[name] = measured([float(size) for size in sizes], "tokens")
+    metrics = {f"verbatim, {_said(name)}": figure for name, figure in verbatim.items()}
+    metrics |= {f"agreeing tokens, {_said(name)}": figure for name, figure in tokens.items()}
+    counts = {name: sum(passage.group == name for passage in found) for name in groups}
+    return {"metrics": metrics, "groups": counts, "left_out": left, "conclusion": conclusion(verbatim)}
+
+
+def _said(name: str) -> str:
+    return name if name == HELD_OUT else f"seen {name}"
+
+
+def conclusion(verbatim: dict[str, dict]) -> str:
+    """One sentence: from which count on passages come back more often than held-out ones do."""
+    held_out = verbatim[HELD_OUT]
+    guess = f"{100 * held_out['value']:.1f} % of held-out passages"
+    clear = [name for name, figure in verbatim.items() if name != HELD_OUT and clearly_higher(held_out, figure)]
+    if not clear:
+        return f"no sign of memorisation: training passages come back verbatim no more often than {guess} do"
+    shares = ", ".join(f"{100 * verbatim[name]['value']:.1f} % of those seen {name} times" for name in clear)
+    return f"memorised: {shares} come back verbatim, against {guess}"
