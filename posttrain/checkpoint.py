@@ -129,14 +129,13 @@ def last_complete(parent: Path) -> Path | None:
     return found[-1]
 
 
-def verify(folder: Path, files: dict[str, dict]) -> None:
-    """Check that every file of the list is there with its hash. Raises UserError naming the first that is not."""
+def verify(folder: Path, files: dict[str, dict], mend: str | None = None) -> None:
+    """Check that every file of the list is there with its hash. Raises UserError naming the first that is not, and
+    `mend`, what to do about it."""
+    mend = mend or f"remove {folder} to go back to an older one"
     for name, facts in files.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path} is missing, though {folder} lists it: remove {folder} to go back to an older one")
+            raise UserError(f"{path} is missing, though {folder} lists it: {mend}")
         if path.stat().st_size != facts["bytes"] or sha256_file(path) != facts["sha256"]:
-            raise UserError(
-                f"{path} is damaged: its SHA-256 differs from the one written with it; "
-                f"remove {folder} to go back to an older one"
-            )
+            raise UserError(f"{path} is damaged: its SHA-256 differs from the one written with it; {mend}")

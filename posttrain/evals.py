@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from posttrain.args import arg, at_least
 from posttrain.base_evals import sample_after_examples
 from posttrain.chat import decode, encode_chat
-from posttrain.data import DataConfig, check, check_leaks, load_rows, separate
+from posttrain.data import DataConfig, EvalIndex, Stream, check, check_leaks, load_rows, separate, stream_rows
 from posttrain.errors import UserError
 from posttrain.intervals import clearly_higher, gain, measured, pass_at_k
 from posttrain.rewards import load_rewards
@@ -92,6 +92,30 @@ def load_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_col
     rows, leaks = check_leaks(data, rows, seed, description["name"])
     description |= {"rows": len(rows), **({"leaks": leaks} if leaks else {})}
     return rows, test, [description, held_out | {"rows": len(test), "overlap": overlap}]
+
+
+def stream_both(
+    data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None, unseen: list[dict] | None = None
+) -> tuple[Stream, list[dict], list[dict]]:
+    """`load_both` for rows that are read while they are used: (stream to train on, held-out rows, descriptions).
+
+    The stream leaves out what held-out rows and the `unseen` share with it: they are known before it is read, and it
+    is not. UserError for policies that would need all of it.
+    """
+    if data.on_leak == "stop" or data.leak_check_datasets:
+        raise UserError(
+            "on_leak, leak_check_datasets: with streaming, training rows that held-out rows share are left out, and "
+            "nothing else can be checked before they are read: leave on_leak, or set it to drop_train or report"
+        )
+    test, held_out = load_rows(eval_data(data, config), config.eval_dataset_split, seed, eval_columns or columns)
+    index = EvalIndex(test + (unseen or []))
+
+    def is_seen(row: dict) -> bool:
+        return any(found for kind, found in index.equal(row).items() if kind in data.leak_kinds)
+
+    stream = stream_rows(data, data.dataset_train_split, seed, columns)
+    stream = stream if data.on_leak == "report" else stream.without(is_seen)
+    return stream, test, [stream.description(), held_out]
 
 
 def sample_replies(engine, tokenizer, rows: list[dict], config: ReplyConfig, stop_ids, prefix: str = "") -> Rollouts:

@@ -1,81 +1,227 @@
-"""Pretraining: texts to a base model that continues text.
+"""Pretraining: tokens to a base model that continues text.
 
-In: rows with `text`, a tokenizer, a model. Out: the model trained on fixed-length chunks of all texts, one end-of-text
-token before each text. Launched by `accelerate launch recipes/pretrain.py --config recipes/tiny/pretrain.yaml`.
+In: token shards, a model with random weights or any checkpoint. Out: the model trained on chunks of fixed length,
+drawn in a seeded order from the one row of tokens that all texts make, an end-of-text token before each. Launched by
+`accelerate launch recipes/pretrain.py --config recipes/tiny/pretrain.yaml`.
 """
 
+import os
+import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from posttrain.args import arg, at_least
+from posttrain import liger, memory, sharding
+from posttrain.args import arg, at_least, one_of
 from posttrain.errors import UserError
+from posttrain.layouts import common_layout, head_size
 from posttrain.models import require_positions
-from posttrain.order import shuffled_indices
+from posttrain.order import taken_indices
 from posttrain.progress import Progress
-from posttrain.sharding import full_state, load_full_state, unshard
+from posttrain.shards import TokenShards
+from posttrain.spikes import SpikeGuard
+from posttrain.throughput import mfu, model_flops, non_embedding_parameters, peak_flops, peak_memory_gb
 from posttrain.training import OptimConfig, Updater, read_state, require_multiple, write_state
+
+AUTO = ("auto", "true", "false")
 
 
 @dataclass
 class PretrainConfig:
     """Pretraining: tokens and batches"""
 
-    tokenizer_path: str = arg(help="folder of the tokenizer's stage, or any tokenizer")
-    max_steps: int = arg(400, help="optimizer steps")
+    tokenizer_path: str | None = arg(None, help="folder of the tokenizer's stage, or any tokenizer")
+    model_name_or_path: str | None = arg(None, help="go on from this checkpoint and its tokenizer; none = new weights")
+    max_steps: int | None = arg(None, help="optimizer steps; none = 400, or what depth gives")
     sequence_length: int = arg(256, help="tokens of a chunk")
-    batch_size: int = arg(16, help="chunks of a step, over all processes")
+    batch_size: int | None = arg(None, help="chunks of a step, over all processes; none = 16, or what depth gives")
     micro_batch_size: int = arg(16, help="chunks of one forward and backward; memory, not mathematics")
+    cross_document_attention: bool = arg(True, help="whether tokens see earlier documents of their chunk")
+    attn_implementation: str = arg("sdpa", help="attention of transformers: sdpa, eager, flash_attention_2, ...")
+    compile: bool = arg(False, help="torch.compile the forward and backward: slower to start, then faster")
+    gradient_checkpointing: bool | str = arg("auto", help="recompute activations: auto where memory asks; true, false")
+    use_liger_kernel: bool | str = arg("auto", help="Liger's fused kernels: auto, where there is a GPU; true; false")
+    liger_kernel_config: dict = arg({}, help="which of them, as transformers names them, e.g. {rms_norm: false}")
+    shards_dir: str | None = arg(None, help="where tokens stay for other runs; none = in output_dir, while it trains")
+    shard_workers: int | None = arg(None, help="processes that tokenize; none = one a core")
+    skip_spikes: float = arg(0.0, help="skip steps so many standard deviations above the last 128, e.g. 6; 0 = none")
+    eval_steps: int = arg(0, help="bits per byte of held-out text and samples every so many steps; 0 = at the end")
+    sample_prompts: list[str] = arg([], help="texts that samples continue; none = how two held-out texts begin")
+    sample_tokens: int = arg(48, help="tokens of a sample")
 
     def __post_init__(self):
-        at_least(self, max_steps=1, sequence_length=2, batch_size=1, micro_batch_size=1)
+        at_least(self, max_steps=1, sequence_length=2, batch_size=1, micro_batch_size=1, shard_workers=1)
+        at_least(self, skip_spikes=0, eval_steps=0, sample_tokens=1)
+        self.gradient_checkpointing = str(self.gradient_checkpointing).lower()
+        self.use_liger_kernel = str(self.use_liger_kernel).lower()
+        one_of(self, gradient_checkpointing=AUTO, use_liger_kernel=AUTO)
+        if self.tokenizer_path is None and self.model_name_or_path is None:
+            raise UserError("tokenizer_path: required and not given, nor a model_name_or_path to take it from")
+        if self.tokenizer_path is not None and self.model_name_or_path is not None:
+            raise UserError("tokenizer_path: with model_name_or_path it must not be set: the model has its tokenizer")
+
+    @property
+    def parents(self) -> dict[str, str]:
+        """What the stage starts from, by role."""
+        if self.model_name_or_path is not None:
+            return {"model": self.model_name_or_path}
+        return {"tokenizer": self.tokenizer_path}
+
+
+@dataclass
+class PretrainOptim(OptimConfig):
+    """Optimizer: AdamW or Muon, warm-up, schedule, clipping"""
+
+    learning_rate: float | None = arg(None, help="peak learning rate; none = 1e-3, or what depth gives")
+    optim: str = arg("adamw", help="adamw; or muon for the layers' matrices, with AdamW for the rest")
+    lr_decay_share: float = arg(0.3, help="wsd: share of the steps in which the rate falls")
+    min_lr_ratio: float = arg(0.0, help="share of the peak that the rate ends at")
+
+    def __post_init__(self):
+        super().__post_init__()
+        from posttrain.optimizers import OPTIMIZERS
+
+        one_of(self, optim=OPTIMIZERS)
+        for key in ("lr_decay_share", "min_lr_ratio"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise UserError(f"{key}: found {getattr(self, key)}, expected a share, 0 to 1")
 
 
 class ChunkLoss(nn.Module):
-    """Summed next-token cross-entropy of chunks (B, S), in nats; a module so that DDP can wrap it."""
+    """Summed next-token cross-entropy of chunks (B, S), in nats; a module so that DDP can wrap it.
 
-    def __init__(self, model):
+    end: the end-of-text token that begins each document, where documents are not to see each other; else None.
+    """
+
+    def __init__(self, model, end: int | None = None, by_liger: bool = False):
         super().__init__()
-        self.model = model
+        self.model, self.end, self.by_liger = model, end, by_liger
 
-    def forward(self, chunks: torch.Tensor) -> torch.Tensor:
-        logits = self.model(input_ids=chunks, use_cache=False).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), chunks[:, 1:].flatten(), reduction="sum")
-
-
-def make_chunks(tokenizer, texts: list[str], length: int) -> torch.Tensor:
-    """All texts as one stream, each after an end-of-text token, cut into (N, length); the rest is left out."""
-    stream = []
-    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-        stream += [tokenizer.eos_token_id, *ids]
-    count = len(stream) // length
-    if count == 0:
-        raise UserError(f"the texts have {len(stream)} tokens, fewer than one chunk: lower sequence_length ({length})")
-    return torch.tensor(stream[: count * length]).view(count, length)
+    def forward(self, chunks: Tensor) -> Tensor:
+        inputs = {"input_ids": chunks, "use_cache": False}
+        if self.end is not None:
+            inputs["position_ids"] = document_positions(chunks, self.end)
+        targets = chunks[:, 1:].flatten()
+        if self.by_liger:
+            hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1]
+            return liger.head_loss(self.model, hidden.flatten(0, 1), targets)
+        logits = self.model(**inputs).logits[:, :-1]
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
 
 
-def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainConfig, optim: OptimConfig) -> int:
-    """Train `model` in place; returns the number of tokens seen. Resumes from the stage's checkpoint bit for bit."""
+def document_positions(chunks: Tensor, end: int) -> Tensor:
+    """(B, S) places of tokens in their documents: from 0 at each `end` token. transformers keeps tokens of different
+    documents apart where positions begin again; the first document of a chunk may lack its beginning."""
+    places = torch.arange(chunks.shape[1], device=chunks.device).expand_as(chunks)
+    return places - torch.where(chunks == end, places, 0).cummax(1).values
+
+
+def make_loss(stage, model, end: int, config: PretrainConfig, bf16: bool, optim: str = "adamw") -> ChunkLoss:
+    """The module that is trained, as the config wants it: kernels, isolation of documents, activations kept or not,
+    compiled. UserError where the model cannot keep documents apart, or Liger is asked for and cannot run."""
     require_positions(model, "sequence_length", config.sequence_length)
-    model.train()
-    updater = Updater(ChunkLoss(model), accelerator, optim, config.max_steps)
-    step, rank, world = 0, accelerator.process_index, accelerator.num_processes
-    require_multiple(config, "batch_size", world)
-    if stage.resume_folder is not None:
-        from safetensors.torch import load_file
+    by_liger = liger.takes_liger(config.use_liger_kernel, stage)
+    if by_liger:
+        liger.patch(model, config.liger_kernel_config)
+    if not config.cross_document_attention:
+        common_layout([model], config.sequence_length, ("packed",))  # proves it on the model itself
+    if recomputes(stage, model, config, bf16, optim):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = ChunkLoss(model, None if config.cross_document_attention else end, by_liger)
+    if config.compile:
+        loss.compile()
+    return loss
 
-        load_full_state(model, load_file(stage.resume_folder / "model.safetensors"))
-        state = read_state(stage.resume_folder)
-        updater.load_state(state["updater"])
-        step = state["step"]
-    tokens_a_step = config.batch_size * config.sequence_length
+
+def recomputes(stage, model, config: PretrainConfig, bf16: bool, optim: str) -> bool:
+    """Whether activations are computed again in the backward: as asked, or where memory would not hold them."""
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing == "true"
+    room = memory.device_memory(model.device)
+    enough, need = memory.fits(
+        model.config, min(config.micro_batch_size, config.batch_size), config.sequence_length, device_bytes=room,
+        bf16=bf16, optim=optim, world=int(os.environ.get("WORLD_SIZE", "1")), spread=sharding.asked(),
+    )  # fmt: skip
+    if not enough:
+        needed = need.peak / 2**30
+        stage.note(f"gradient checkpointing: {needed:.1f} GiB are needed without it, {room / 2**30:.1f} are free")
+    return not enough
+
+
+class Meter:
+    """Tokens a second, MFU and the share of time that data takes, since the last reading."""
+
+    def __init__(self, model, device, bf16: bool, length: int, world: int):
+        config = model.config.get_text_config()
+        width = head_size(config) * config.num_attention_heads
+        self.flops_a_token = model_flops(
+            non_embedding_parameters(model), config.num_hidden_layers, width, 1, length, "training"
+        )
+        self.peak = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+        self.world = world
+        self._begin()
+
+    def _begin(self) -> None:
+        self.began, self.tokens, self.data_seconds = time.perf_counter(), 0, 0.0
+
+    def numbers(self) -> dict[str, float]:
+        seconds, tokens, data = time.perf_counter() - self.began, self.tokens, self.data_seconds
+        self._begin()
+        return {
+            "tokens_per_second": tokens / seconds,
+            "mfu": mfu(self.flops_a_token * tokens, seconds, self.peak, self.world),
+            "share/data": data / seconds,
+            "memory_gb": peak_memory_gb(),
+        }
+
+
+class Chunks:
+    """The chunks of each step: which, by the seed and the step alone, and their tokens, for one process of `world`."""
+
+    def __init__(self, tokens: TokenShards, length: int, batch: int, seed: int, rank: int = 0, world: int = 1):
+        self.tokens, self.length, self.batch, self.seed = tokens, length, batch, seed
+        self.rank, self.world, self.count = rank, world, tokens.num_chunks(length)
+
+    def indices(self, step: int) -> list[int]:
+        """Places, in the row of chunks, of those that this process takes in 0-based `step`."""
+        return taken_indices(step * self.batch, self.batch, self.count, self.seed)[self.rank :: self.world]
+
+    def load(self, indices: list[int], device) -> Tensor:
+        """(len(indices), S) tokens."""
+        chunks = torch.stack([torch.from_numpy(self.tokens.chunk(index, self.length)) for index in indices])
+        return chunks.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chunks.to(device)
+
+    def position(self, step: int) -> dict[str, int]:
+        """Where the data stands after `step` steps: chunks taken, whole passes, the place in the seeded order."""
+        taken = step * self.batch
+        epoch, place = divmod(taken, self.count)
+        return {"tokens": taken * self.length, "chunks": taken, "epoch": epoch, "place": place}
+
+
+def pretrain(
+    stage, accelerator, model, tokens: TokenShards, config: PretrainConfig, optim: OptimConfig, watch=None
+) -> dict[str, int]:
+    """Train `model` in place; returns the position in the data. Resumes from the stage's checkpoint bit for bit.
+
+    `watch(step)` is called every `eval_steps` steps, on the main process, with the model whole and in eval mode.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    require_multiple(config, "batch_size", world)
+    chunks = Chunks(tokens, config.sequence_length, config.batch_size, stage.config["seed"], rank, world)
+    loss = make_loss(stage, model, tokens.eos_token_id, config, optim.bf16, optim.optim)
+    meter = Meter(model, accelerator.device, optim.bf16, config.sequence_length, world)
+    model.train()
+    updater, guard, step = Updater(loss, accelerator, optim, config.max_steps), SpikeGuard(config.skip_spikes), 0
+    if stage.resume_folder is not None:
+        step = _resume(stage.resume_folder, model, updater, guard)
     predicted = config.batch_size * (config.sequence_length - 1)
     progress = Progress(stage.name, config.max_steps, initial=step)
     with stage.running():
         while step < config.max_steps and not stage.stopping:
-            indices = shuffled_indices(step, config.batch_size, len(chunks), stage.config["seed"])[rank::world]
-            batches = chunks[indices].to(accelerator.device).split(config.micro_batch_size)
+            began, indices = time.perf_counter(), chunks.indices(step)
+            batches = chunks.load(indices, accelerator.device).split(config.micro_batch_size)
+            meter.data_seconds += time.perf_counter() - began
 
             def share(batch):
                 return updater.model(batch) / predicted
@@ -83,19 +229,48 @@ def pretrain(stage, accelerator, model, chunks: torch.Tensor, config: PretrainCo
             def rows(indices=indices) -> str:
                 return "chunks " + ", ".join(map(str, indices[:8]))
 
-            numbers = updater.step(batches, share, rows)
+            numbers = updater.step(batches, share, rows, guard.refuses if config.skip_spikes else None)
+            if numbers.get("skipped"):
+                stage.note(f"step {step + 1} skipped: loss {numbers['loss']:.4g}, gradient norm "
+                           f"{numbers['grad_norm']:.4g}; {rows()}")  # fmt: skip
             step += 1
+            meter.tokens += config.batch_size * config.sequence_length
             progress.update(loss=numbers["loss"])
-            if step % stage.config["logging_steps"] == 0 or step == config.max_steps:
-                stage.log(step, **numbers, tokens=step * tokens_a_step)
+            if step % stage.config["logging_steps"] == 0 or step == config.max_steps or numbers.get("skipped"):
+                stage.log(step, **numbers, tokens=chunks.position(step)["tokens"], **meter.numbers())
+            if config.eval_steps and step % config.eval_steps == 0 and watch is not None:
+                _look(updater, model, watch, stage, step)
             if stage.due(step, config.max_steps):
-                weights, parts = full_state(model), {"updater": updater.state(), "step": step}
-                stage.save(step, lambda folder, kept=(weights, parts): _write(folder, model, *kept))
+                _save(stage, step, model, updater, guard, chunks.position(step))
     progress.close()
-    unshard(updater.model)
-    return step * tokens_a_step
+    sharding.unshard(updater.model)
+    return chunks.position(step)
 
 
-def _write(folder, model, weights: dict, parts: dict) -> None:
-    model.save_pretrained(folder, state_dict=weights)
-    write_state(folder, **parts)
+def _look(updater: Updater, model, watch, stage, step: int) -> None:
+    model.eval()
+    with sharding.gathered(updater.model):
+        if stage.main:
+            watch(step)
+    model.train()
+
+
+def _resume(folder, model, updater: Updater, guard: SpikeGuard) -> int:
+    """Set everything to a checkpoint; returns its step."""
+    from safetensors.torch import load_file
+
+    sharding.load_full_state(model, load_file(folder / "model.safetensors"))
+    state = read_state(folder)
+    updater.load_state(state["updater"])
+    guard.load_state(state["guard"])
+    return state["step"]
+
+
+def _save(stage, step: int, model, updater: Updater, guard: SpikeGuard, position: dict[str, int]) -> None:
+    weights, parts = sharding.full_state(model), {"updater": updater.state(), "guard": guard.state(), "step": step}
+
+    def write(folder) -> None:
+        model.save_pretrained(folder, state_dict=weights)
+        write_state(folder, **parts)
+
+    stage.save(step, write, position=position)

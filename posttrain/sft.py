@@ -16,6 +16,7 @@ import torch
 
 from posttrain.args import arg, at_least
 from posttrain.errors import UserError
+from posttrain.liger import takes_liger
 from posttrain.progress import Progress
 from posttrain.sft_rows import collate, pack_rows, single_rows
 from posttrain.sharding import refuse_shards
@@ -60,23 +61,6 @@ class SFTConfig:
             raise UserError(f"neftune_noise_alpha: found {self.neftune_noise_alpha}, expected null or more than 0")
         at_least(self, max_length=2, max_steps=1, stream_buffer=1)
         at_least(self, per_device_train_batch_size=1, gradient_accumulation_steps=1)
-
-
-def liger_obstacle() -> str | None:
-    """Why Liger's kernels cannot run here; None where they can."""
-    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    return "Liger's Triton kernels need a GPU, and torch sees none (TRITON_INTERPRET=1 runs them on a CPU, slowly)"
-
-
-def takes_liger(setting: str, stage) -> bool:
-    """Whether Liger is used; the stage is told where it cannot be. UserError where it is asked for and cannot."""
-    obstacle = liger_obstacle()
-    if setting == "true" and obstacle:
-        raise UserError(f"use_liger_kernel: true, but {obstacle}; or --use_liger_kernel auto")
-    if setting == "auto" and obstacle:
-        stage.note(f"no Liger kernels: {obstacle.split(' (')[0]}")
-    return setting != "false" and obstacle is None
 
 
 def trainer_arguments(stage, config: SFTConfig, optim: OptimConfig):

@@ -11,7 +11,7 @@ import torch
 from posttrain import evals
 from posttrain.args import arg, at_least
 from posttrain.chat import stop_ids
-from posttrain.data import DataConfig, EvalIndex, check, load_rows, separate, stream_rows
+from posttrain.data import DataConfig, check, load_rows, separate
 from posttrain.data.identity import read_identity
 from posttrain.errors import UserError
 from posttrain.evals import ReplyConfig
@@ -93,26 +93,12 @@ def load_all(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, 
 
 
 def _load_streamed(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, seed: int):
-    if data.on_leak == "stop" or data.leak_check_datasets:
-        raise UserError(
-            "on_leak, leak_check_datasets: with streaming, training rows that held-out rows share are left out, and "
-            "nothing else can be checked before they are read: leave on_leak, or set it to drop_train or report"
-        )
-    columns = ("messages",)
-    source = evals.eval_data(data, held_out)
-    test, description = load_rows(source, held_out.eval_dataset_split, seed, ("prompt",))
-    unseen, more = [], []
+    unseen, more, columns = [], [], ("messages",)
     if config.loss_dataset_split is not None:
         unseen, facts = load_rows(config.source(data), config.loss_dataset_split, seed, columns)
         more = [facts]
-    index = EvalIndex(test + unseen)
-
-    def is_seen(row: dict) -> bool:
-        return any(found for kind, found in index.equal(row).items() if kind in data.leak_kinds)
-
-    stream = stream_rows(data, data.dataset_train_split, seed, columns)
-    stream = stream if data.on_leak == "report" else stream.without(is_seen)
-    return stream, test, unseen, [stream.description(), description, *more]
+    stream, test, sources = evals.stream_both(data, held_out, seed, columns, ("prompt",), unseen)
+    return stream, test, unseen, [*sources, *more]
 
 
 def supervised_losses(

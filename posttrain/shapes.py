@@ -78,9 +78,8 @@ def sizes(depth: int, model_type: str) -> dict[str, int]:
     """What `depth` layers are given for width, MLP and heads."""
     width = WIDTH_A_LAYER * depth
     mlp = 4 * width if model_type == "gpt2" else math.ceil(8 * width / 3 / 64) * 64
-    return {
-        "hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": depth, "num_attention_heads": width // HEAD,
-    }  # fmt: skip
+    heads = width // HEAD
+    return {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": depth, "num_attention_heads": heads}
 
 
 def dial(shape: ShapeConfig, config, optim) -> tuple:
@@ -145,8 +144,8 @@ def model_config(shape: ShapeConfig, tokenizer):
     )
 
 
-def make_model(shape: ShapeConfig, tokenizer):
+def make_model(shape: ShapeConfig, tokenizer, attention: str = "sdpa"):
     """A causal LM with random weights for `tokenizer`, fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_config(model_config(shape, tokenizer))
+    return AutoModelForCausalLM.from_config(model_config(shape, tokenizer), attn_implementation=attention)

@@ -27,6 +27,7 @@ from posttrain.provenance import file_sha256s, git_commit, machine, versions
 # Keys that change what is printed or kept, never what is computed: a resumed or finished stage may differ in them.
 FREE_KEYS = {"output_dir", "resume", "overwrite", "logging_steps", "save_total_limit", "keep_checkpoints"}
 FREE_KEYS |= {"report_to", "run_name", "tracker_project"}
+WORKING = ("checkpoints", "tokens")  # folders that nobody needs once the stage has finished
 RUN, STAGE, CONFIG, LOG = "run.json", "stage.json", "config.yaml", "log.jsonl"
 
 
@@ -42,7 +43,7 @@ class StageConfig:
     overwrite: bool = arg(False, help="delete what an earlier run left in output_dir and start again")
     save_steps: int = arg(0, help="write a checkpoint to resume from every so many steps; 0 only when interrupted")
     save_total_limit: int = arg(1, help="how many complete checkpoints are kept while running")
-    keep_checkpoints: bool = arg(False, help="keep checkpoints/ after the stage has finished")
+    keep_checkpoints: bool = arg(False, help="keep checkpoints/ and tokens/ after the stage has finished")
     logging_steps: int = arg(10, help="a line in log.jsonl every so many steps")
     allow: list[str] = arg([], help="conditions of the gate that may pass; `posttrain inspect` names them")
     report_to: list[str] = arg(["none"], help="beside log.jsonl: none, or some of trackio, wandb, tensorboard")
@@ -244,7 +245,8 @@ class Stage:
         checkpoint.write_json(self.output_dir / STAGE, manifest)
         (self.output_dir / RUN).unlink(missing_ok=True)
         if not self.config["keep_checkpoints"]:
-            shutil.rmtree(self.output_dir / "checkpoints", ignore_errors=True)
+            for name in WORKING:
+                shutil.rmtree(self.output_dir / name, ignore_errors=True)
 
 
 def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> Stage:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from posttrain import sharding, zero
-from posttrain.args import arg
+from posttrain.args import arg, one_of
 from posttrain.errors import UserError
+from posttrain.optimizers import make_optimizer
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 
@@ -33,28 +34,36 @@ class OptimConfig:
     max_grad_norm: float = arg(1.0, help="gradients are clipped to this norm")
     bf16: bool = arg(False, help="compute in bf16 with fp32 master weights (autocast)")
 
+    # No keys here, but fields of pretraining's own config, which has its optimizer made from them.
+    optim = "adamw"
+    lr_decay_share = 0.3
+    min_lr_ratio = 0.0
+
     def __post_init__(self):
-        if self.lr_scheduler_type not in SCHEDULES:
-            raise UserError(
-                f"lr_scheduler_type: found {self.lr_scheduler_type!r}, expected one of {', '.join(SCHEDULES)}"
-            )
+        one_of(self, lr_scheduler_type=SCHEDULES)
         for key in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, key) > 0:
-                raise UserError(f"{key}: found {getattr(self, key)}, expected a number above 0")
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise UserError(f"{key}: found {value}, expected a number above 0")
 
 
-def schedule(kind: str, step: int, total: int, warmup: int) -> float:
-    """Factor on the learning rate at 0-based `step` of `total`. wsd: warm-up, stable, linear decay (2404.06395)."""
+def schedule(
+    kind: str, step: int, total: int, warmup: int, *, decay_share: float = 0.3, min_ratio: float = 0.0
+) -> float:
+    """Factor on the learning rate at 0-based `step` of `total`. All but "constant" fall from 1 to `min_ratio`.
+
+    wsd: warm-up, stable, then linear decay over the last `decay_share` of the steps (Hu et al. 2024, 2404.06395).
+    """
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    if kind == "linear":
-        return 1 - done
-    if kind == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    if kind == "wsd":
-        return min(1.0, (total - step) / max(1.0, 0.3 * total))
-    return 1.0
+    falling = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+        "wsd": min(1.0, (total - step) / max(1.0, decay_share * total)),
+    }[kind]
+    return min_ratio + (1 - min_ratio) * falling
 
 
 def require_multiple(config, key: str, world: int) -> None:
@@ -65,8 +74,8 @@ def require_multiple(config, key: str, world: int) -> None:
 
 
 class Updater:
-    """AdamW over one model on all processes: whole on each (DDP), or sharded where FSDP2 or DeepSpeed ZeRO-3 was asked
-    for. `model` is the prepared module: call it, never the bare one, in a loss.
+    """One optimizer over one model on all processes: whole on each (DDP), or sharded where FSDP2 or DeepSpeed ZeRO-3
+    was asked for. `model` is the prepared module: call it, never the bare one, in a loss.
 
     learning_rates: peak of parameters whose names begin so, e.g. {"value_head": 1e-4}; `learning_rate` for the rest.
     Whether dropout is on is the caller's choice: RL leaves the model in eval mode, since the engine has none either.
@@ -83,10 +92,14 @@ class Updater:
         self.padding = False  # whether `loss_of` runs only to keep step with processes that have more micro-batches
         if how == "fsdp2":
             sharding.shard(model, accelerator)
-        groups = parameter_groups(model, self.peak, config.weight_decay, learning_rates or {})
+        if self.by_deepspeed and config.optim != "adamw":
+            raise UserError(
+                f"optim: {config.optim} needs whole matrices, ZeRO-3 flattens them: take fsdp2.yaml or ddp.yaml"
+            )
+        optimizer = make_optimizer(model, config, self.peak, learning_rates)
+        groups = optimizer.param_groups
         self.peaks = [group["lr"] for group in groups]
         self.parameters = [list(group["params"]) for group in groups]
-        optimizer = torch.optim.AdamW(groups, lr=self.peak, betas=(0.9, config.adam_beta2))
         # Accelerate prepares neither two models under FSDP2 nor any on CPUs; what it would add, `shard` has done.
         if self.by_deepspeed:
             self.model = sharding.shard_by_deepspeed(model, groups, optimizer, accelerator, config.max_grad_norm)
@@ -94,15 +107,21 @@ class Updater:
         else:
             self.model, self.optimizer = (model, optimizer) if self.sharded else accelerator.prepare(model, optimizer)
 
-    def step(self, micro_batches: Sequence, loss_of: Callable, name_rows: Callable[[], str]) -> dict[str, float]:
+    def step(
+        self, micro_batches: Sequence, loss_of: Callable, name_rows: Callable[[], str], refuses: Callable | None = None
+    ) -> dict[str, float]:
         """One optimizer step. `loss_of(micro_batch)` returns that micro-batch's share of the step's loss.
 
         The shares of all micro-batches of all processes add up to the loss, so the gradient does not depend on how
         rows fall into micro-batches or processes. The processes of a sharded model make equally many forwards: those
         with fewer micro-batches run their last one again at weight 0, and `padding` is True meanwhile.
-        Raises UserError (no update made) on a non-finite number, on all processes alike.
+        Where `refuses(loss, gradient norm)` is true, which it must be on all processes alike, the step counts but
+        changes no weight, and `skipped` is 1. Raises UserError (no update made) on a non-finite number.
         """
-        factor = schedule(self.config.lr_scheduler_type, self.updates, self.total_steps, self.config.warmup_steps)
+        factor = schedule(
+            self.config.lr_scheduler_type, self.updates, self.total_steps, self.config.warmup_steps,
+            decay_share=self.config.lr_decay_share, min_ratio=self.config.min_lr_ratio,
+        )  # fmt: skip
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         world, losses, count = self.accelerator.num_processes, [], len(micro_batches)
@@ -125,10 +144,14 @@ class Updater:
                 f"update {self.updates + 1}: loss {total.item()}, gradient norm {norm.item()}; stopped before it. "
                 f"Rows: {name_rows()}. Lower learning_rate or look at these rows"
             )
-        (self.model if self.by_deepspeed else self.optimizer).step()
+        numbers = {"loss": total.item(), "grad_norm": norm.item(), "learning_rate": self.peak * factor}
+        if refuses is not None:
+            numbers["skipped"] = float(refuses(numbers["loss"], numbers["grad_norm"]))
+        if not numbers.get("skipped"):
+            (self.model if self.by_deepspeed else self.optimizer).step()
         self.optimizer.zero_grad()
         self.updates += 1
-        return {"loss": total.item(), "grad_norm": norm.item(), "learning_rate": self.peak * factor}
+        return numbers
 
     def _most(self, count: int) -> int:
         """Forwards of this step: of a sharded model as many as the process with most micro-batches makes."""
@@ -174,22 +197,6 @@ class Updater:
         else:
             sharding.load_optimizer_state(self.optimizer, state["optimizer"])
         self.updates = state["updates"]
-
-
-def parameter_groups(model: nn.Module, rate: float, weight_decay: float, rates: dict[str, float]) -> list[dict]:
-    """Groups for AdamW of what is trained: matrices decay, vectors do not; names that begin as a key of `rates` have
-    that peak learning rate. UserError where no parameter has such a name."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if lost := [prefix for prefix in rates if not any(name.startswith(prefix) for name, _ in named)]:
-        raise UserError(f"learning_rates: no trained parameter's name begins with {lost[0]!r}")
-    owners = [next((prefix for prefix in rates if name.startswith(prefix)), None) for name, _ in named]
-    groups = []
-    for prefix in (None, *rates):
-        own = [p for (_, p), owner in zip(named, owners, strict=True) if owner == prefix]
-        matrices, vectors = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
-        groups.append({"params": matrices, "weight_decay": weight_decay, "lr": rates.get(prefix, rate)})
-        groups.append({"params": vectors, "weight_decay": 0.0, "lr": rates.get(prefix, rate)})
-    return [group for group in groups if group["params"]]
 
 
 def rng_state() -> dict:

@@ -14,8 +14,9 @@ from test_sft_encoding import ROWS, logged, sft
 
 from posttrain import chat, sft_eval
 from posttrain.errors import UserError
+from posttrain.liger import liger_obstacle
 from posttrain.rl.rollout import HFEngine, Sampling
-from posttrain.sft import SFTConfig, liger_obstacle
+from posttrain.sft import SFTConfig
 from posttrain.sft_rows import encode_rows, pack_rows
 
 
