@@ -15,7 +15,7 @@ the model's code keeps. Kernels are torch's own (flash attention, no fusion): to
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,14 +65,14 @@ def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 def estimate(
     model_config, micro_batch: int, length: int, *, bf16: bool = False, optim: str = "adamw", world: int = 1,
-    spread: str = "ddp", checkpointing: bool = False, dtype: str = "float32",
-    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] = next_token_loss,
+    spread: str = "ddp", checkpointing: bool = False, fused_loss: bool = False, dtype: str = "float32",
 ) -> Memory:  # fmt: skip
     """Memory of training a causal LM of this config on micro-batches (micro_batch, length), a process.
 
     bf16: autocast over weights of `dtype`. spread: ddp (a whole model on each of `world` processes), fsdp2 or zero3
-    (shards). checkpointing: transformers' gradient checkpointing, a layer at a time. loss: from (model, ids) to the
-    scalar that is differentiated. Takes about a second. UserError for a length that the model has no positions for.
+    (shards). checkpointing: transformers' gradient checkpointing, a layer at a time. fused_loss: Liger's, which makes
+    logits in pieces. Takes about a second. UserError for a length that the model has no positions for, and for a model
+    whose code cannot run without data.
     """
     room = getattr(model_config, "max_position_embeddings", None)
     if room is not None and length > room:
@@ -86,13 +86,26 @@ def estimate(
         return AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, held))
 
     def forward(model: nn.Module) -> torch.Tensor:
-        return loss(model, torch.zeros(micro_batch, length, dtype=torch.long))
+        ids = torch.zeros(micro_batch, length, dtype=torch.long)
+        if fused_loss:
+            return model.base_model(input_ids=ids, use_cache=False).last_hidden_state.sum()
+        return next_token_loss(model, ids)
 
-    vocabulary = model_config.get_text_config().vocab_size
-    return footprint(
-        build, forward, vocabulary, bf16=bf16, optim=optim, world=world, spread=spread, checkpointing=checkpointing,
-        stored=getattr(torch, dtype).itemsize,
+    text = model_config.get_text_config()
+    need = footprint(
+        build, forward, text.vocab_size, bf16=bf16, optim=optim, world=world, spread=spread,
+        checkpointing=checkpointing, stored=getattr(torch, dtype).itemsize,
     )  # fmt: skip
+    if not fused_loss:
+        return need
+    size = 2 if bf16 else getattr(torch, dtype).itemsize
+    return replace(need, logits=_fused_logits(micro_batch * length, text.hidden_size, text.vocab_size, size))
+
+
+def _fused_logits(tokens: int, width: int, vocabulary: int, size: int) -> int:
+    """Liger's loss cuts the tokens into pieces whose logits have about as many numbers as the hidden states have, up
+    to twice that, and makes both gradients in the forward (Hsu et al. 2024, arXiv 2410.10989, section 3.2)."""
+    return size * (2 * tokens * width + tokens * width) + 4 * vocabulary * width
 
 
 def fits(model_config, micro_batch: int, length: int, *, device_bytes: int, **how) -> tuple[bool, Memory]:
@@ -120,7 +133,13 @@ def footprint(
         if checkpointing:
             part = next(part for part in model.modules() if hasattr(part, "gradient_checkpointing_enable"))
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        tracker = _trace(model, forward, vocabulary, bf16)
+        try:
+            tracker = _trace(model, forward, vocabulary, bf16)
+        except (RuntimeError, NotImplementedError) as error:  # what fake tensors raise where code asks for a value
+            raise UserError(
+                f"memory of {type(model).__name__}: its code cannot run without data, so nothing can be counted "
+                f"({str(error).splitlines()[0][:200]}); say gradient_checkpointing true or false yourself"
+            ) from error
     trained = [p for p in model.parameters() if p.requires_grad]
     total, learned = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trained)
     parts = world if spread != "ddp" else 1

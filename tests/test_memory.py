@@ -94,6 +94,15 @@ def test_activations_grow_with_tokens_and_layers_and_shrink_when_computed_again(
     assert again.weights == one.weights
 
 
+def test_a_fused_loss_leaves_out_the_logits():
+    whole = memory.estimate(GPT2_124M, 4, 256, bf16=True)
+    fused = memory.estimate(GPT2_124M, 4, 256, bf16=True, fused_loss=True)
+    # 1024 tokens: pieces of 2 x 1024 x 768 logits and a gradient of 1024 x 768 in bf16, the head's in fp32.
+    assert fused.logits == 2 * 3 * 1024 * 768 + 4 * 50257 * 768
+    assert fused.logits < whole.logits / 2
+    assert fused.activations == pytest.approx(whole.activations, rel=0.02)
+
+
 def test_fits_leaves_a_margin():
     need = memory.estimate(LLAMA, 2, 64)
     assert memory.fits(LLAMA, 2, 64, device_bytes=2 * need.peak) == (True, need)
@@ -115,6 +124,15 @@ def test_what_is_refused():
         memory.estimate(LLAMA, 1, 64, optim="sgd")
     with pytest.raises(UserError, match="spread"):
         memory.estimate(LLAMA, 1, 64, spread="fsdp")
+
+
+def test_code_that_reads_values_is_refused_by_name():
+    class Curious(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x).sum() * (2 if x.sum() > 0 else 1)
+
+    with pytest.raises(UserError, match="memory of Curious: its code cannot run without data"):
+        memory.footprint(lambda: Curious(4, 4), lambda model: model(torch.ones(2, 4)), 10)
 
 
 def test_device_memory(tmp_path):
