@@ -27,6 +27,7 @@ from posttrain.provenance import file_sha256s, git_commit, machine, versions
 # Keys that change what is printed or kept, never what is computed: a resumed or finished stage may differ in them.
 FREE_KEYS = {"output_dir", "resume", "overwrite", "logging_steps", "save_total_limit", "keep_checkpoints"}
 FREE_KEYS |= {"report_to", "run_name", "tracker_project"}
+FREE_KEYS |= {"executor", "workers", "slurm", "ray"}  # where cleaning runs
 WORKING = ("checkpoints", "tokens")  # folders that nobody needs once the stage has finished
 RUN, STAGE, CONFIG, LOG = "run.json", "stage.json", "config.yaml", "log.jsonl"
 
