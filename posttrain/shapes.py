@@ -37,6 +37,7 @@ class ShapeConfig:
     model_type: str = arg("llama", help="architecture: llama, qwen3 or gpt2")
     depth: int | None = arg(None, help="one dial: layers, and from them all sizes, batch, steps and learning rate")
     num_key_value_heads: int | None = arg(None, help="heads of keys and values (not gpt2); none = as many as heads")
+    head_dim: int | None = arg(None, help="width of a head (not gpt2); none = hidden_size / num_attention_heads")
     tie_word_embeddings: bool = arg(True, help="one matrix for embeddings and head")
     rope_theta: float = arg(10000.0, help="base of the rotary positions (not gpt2)")
     vocab_multiple: int = arg(1, help="pad the vocabulary to a multiple of so many rows: 64 suits a GPU")
@@ -44,16 +45,18 @@ class ShapeConfig:
 
     def __post_init__(self):
         one_of(self, model_type=TYPES)
-        at_least(self, depth=1, vocab_multiple=1, num_key_value_heads=1, max_position_embeddings=2)
+        at_least(self, depth=1, vocab_multiple=1, num_key_value_heads=1, head_dim=1, max_position_embeddings=2)
         derived = SIZES if self.depth is None else sizes(self.depth, self.model_type)
         for key, value in derived.items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
         at_least(self, hidden_size=1, intermediate_size=1, num_hidden_layers=1, num_attention_heads=1)
-        if self.model_type == "gpt2" and self.num_key_value_heads not in (None, self.num_attention_heads):
-            raise UserError(f"num_key_value_heads: found {self.num_key_value_heads}, but gpt2 has as many as heads")
+        if self.model_type == "gpt2":
+            self._refuse_for_gpt2()
         even = 1 if self.model_type == "gpt2" else 2  # rotary positions turn pairs
-        if self.hidden_size % (even * self.num_attention_heads):
+        if self.head_dim is not None and self.head_dim % 2:
+            raise UserError(f"head_dim: found {self.head_dim}, expected an even number")
+        if self.head_dim is None and self.hidden_size % (even * self.num_attention_heads):
             raise UserError(
                 f"hidden_size: found {self.hidden_size}, expected a multiple of {'2 x ' if even == 2 else ''}"
                 f"num_attention_heads ({self.num_attention_heads})"
@@ -64,12 +67,28 @@ class ShapeConfig:
                 f"({self.num_attention_heads})"
             )
 
+    def _refuse_for_gpt2(self) -> None:
+        """What GPT-2 has no place for is not dropped in silence."""
+        own = {
+            "num_key_value_heads": self.num_attention_heads,
+            "head_dim": self.hidden_size // self.num_attention_heads,
+        }
+        for key, value in own.items():
+            if getattr(self, key) not in (None, value):
+                raise UserError(f"{key}: found {getattr(self, key)}, but model_type gpt2 has {value} and no such key")
+        if self.rope_theta != 10000.0:
+            raise UserError(f"rope_theta: found {self.rope_theta}, but model_type gpt2 learns its positions")
+
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
     @property
     def parameters(self) -> int:
         """Weights of the layers' matrices: those that the scaling rules count; no embeddings, biases or norms."""
-        head = self.hidden_size // self.num_attention_heads
-        keys = head * (self.num_key_value_heads or self.num_attention_heads)
-        attention = 2 * self.hidden_size * (self.hidden_size + keys)
+        heads = self.num_attention_heads + (self.num_key_value_heads or self.num_attention_heads)
+        attention = 2 * self.hidden_size * self.head * heads
         mlp = (2 if self.model_type == "gpt2" else 3) * self.hidden_size * self.intermediate_size
         return self.num_hidden_layers * (attention + mlp)
 
@@ -137,7 +156,7 @@ def model_config(shape: ShapeConfig, tokenizer):
         num_hidden_layers=shape.num_hidden_layers,
         num_attention_heads=shape.num_attention_heads,
         num_key_value_heads=shape.num_key_value_heads or shape.num_attention_heads,
-        head_dim=shape.hidden_size // shape.num_attention_heads,
+        head_dim=shape.head,
         max_position_embeddings=shape.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         **common,
