@@ -147,7 +147,10 @@ def test_the_gain_is_over_as_many_merges(own, with_gpt2):
     start = measured_ratio(sizes, gpt2(139).count([row["text"] for row in ROWS]), "")
     assert compared["before"]["label"] == "gpt2, first 139 merges"
     assert compared["before"]["value"] == pytest.approx(start["value"])
-    assert compared["after"]["value"] > compared["before"]["value"]
+    change = compared["after"]["value"] / compared["before"]["value"] - 1
+    assert change > 0.05
+    for share, passed in ((0.9, True), (1.1, False)):
+        assert measure(own, 5, ROWS * 40, None, [], share * change)["gains"][0]["passed"] == passed
     (none,) = measure(train_tokenizer(["a"], 261), 5, ROWS, None, [])["gains"]
     assert none["before"]["value"] == none["after"]["value"] == 1.0 and not none["passed"]
 
