@@ -13,6 +13,7 @@ from posttrain import base_evals
 from posttrain.data import DataConfig, load_rows
 from posttrain.errors import UserError
 from posttrain.intervals import measured
+from posttrain.models import load_config
 
 SHOWN = 4  # rows of --few_shot that are shown unless --num_fewshot says otherwise
 TINY_TOKENS = 512  # room for the questions of --suite tiny and their answers
@@ -112,7 +113,11 @@ def texts(options, found: Found, prefix: str) -> list[str]:
         given(key) or (getattr(options, key) if same else None) for key in ("data_config", "data_adapter")
     )
     config = DataConfig(given("data"), name, dataset_adapter=adapter, max_rows=given("rows"))
-    rows, description = load_rows(config, given("split"), options.seed, ("text",))
+    try:
+        rows, description = load_rows(config, given("split"), options.seed, ("text",))
+    except UserError as error:
+        kind = ", ".join(load_config(options.model).architectures or ["no architecture named"])
+        raise UserError(f"{error} ({options.model} is no reward model ({kind}), so rows of text are read)") from error
     found.more[f"{prefix}data"] = description
     return [row["text"] for row in rows]
 
