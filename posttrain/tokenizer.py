@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from posttrain.args import arg, at_least, one_of
+from posttrain.data.stream import Stream
 from posttrain.errors import UserError
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -55,6 +56,11 @@ class TokenizerConfig:
         at_least(self, vocab_size=1, reserved_tokens=0, min_frequency=0, max_chars=1, max_document_chars=1)
         one_of(self, split=SPLITS)
         require_size(self.vocab_size, special_tokens(self.special_tokens, self.reserved_tokens))
+
+    @property
+    def eval_columns(self) -> tuple[str, ...]:
+        """The columns that held-out rows need."""
+        return ("text",) if self.eval_group_by is None else ("text", self.eval_group_by)
 
 
 def special_tokens(more: Iterable[str] = (), reserved: int = 0) -> list[str]:
@@ -167,6 +173,12 @@ class Limited:
             if facts["chars"] == self.most:
                 facts["ended"] = f"max_chars {self.most:,}"
                 return
+
+    def describe(self, data: dict) -> None:
+        """Add to the rows' entry in the manifest what was read; of a stream also what it left out meanwhile."""
+        if isinstance(self.rows, Stream):
+            data |= self.rows.description() | {"rows": self.facts["rows"]}
+        data["read"] = self.facts
 
 
 def bytes_per_token(tokenizer, texts: list[str]) -> float:

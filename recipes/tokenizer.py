@@ -14,7 +14,6 @@ from posttrain.evals import EvalConfig
 from posttrain.stage import StageConfig
 from posttrain.tokenizer import Limited, TokenizerConfig, special_tokens, train_tokenizer
 from posttrain.tokenizer_peers import require_names
-from posttrain.tokenizer_texts import describe_read, eval_columns, load_texts
 
 ARGS = (StageConfig, DataConfig, EvalConfig, TokenizerConfig)
 
@@ -22,20 +21,21 @@ ARGS = (StageConfig, DataConfig, EvalConfig, TokenizerConfig)
 def check(argv, planned=()) -> dict:
     configs = own, source, held_out, config = parse(ARGS, argv)
     require_names(config.compare_tokenizers)
-    evals.check_both(source, held_out, own.seed, ("text",), eval_columns(config.eval_group_by))
+    evals.check_both(source, held_out, own.seed, ("text",), config.eval_columns)
     return resolved(*configs)
 
 
 def main() -> None:
     configs = own, source, held_out, config = parse(ARGS, description=__doc__)
     require_names(config.compare_tokenizers)
-    rows, test, sources = load_texts(source, held_out, own.seed, config.eval_group_by)
+    load = evals.stream_both if source.streaming else evals.load_both
+    rows, test, sources = load(source, held_out, own.seed, ("text",), config.eval_columns)
     run = stage.start("tokenizer", configs, parents={}, data=sources)
     special, texts = special_tokens(config.special_tokens, config.reserved_tokens), Limited(rows, config)
     tokenizer = train_tokenizer(
         texts, config.vocab_size, split=config.split, special=special, min_frequency=config.min_frequency
     )
-    describe_read(sources[0], rows, texts.facts)
+    texts.describe(sources[0])
     if len(tokenizer) < config.vocab_size:
         run.note(
             f"the text gave {len(tokenizer):,} tokens, fewer than vocab_size {config.vocab_size:,}: no pair is left"
