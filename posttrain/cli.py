@@ -2,6 +2,7 @@
 
     posttrain run recipes/tiny [--out DIR] [--from STAGE | --only STAGE] [--set KEY=VALUE] [--seeds 0 1 2] [--dry-run]
     posttrain inspect --config recipes/tiny/sft.yaml [--KEY VALUE ...] [--rows N] [--html FILE] [--against TOKENIZER]
+    posttrain forecast recipes/tiny/pretrain.yaml [--KEY VALUE ...] [--price DOLLARS] [--gpus N] [--no-measure]
     posttrain report runs/tiny
     posttrain doctor runs/tiny
     posttrain chat runs/tiny/grpo [--prompt TEXT]
@@ -23,6 +24,8 @@ import argparse
 from posttrain.complete import add_verb as add_complete
 from posttrain.errors import entry
 from posttrain.eval_verb import add_verb as add_eval
+from posttrain.forecast import add_verb as add_forecast
+from posttrain.forecast import call as call_forecast
 from posttrain.serve_engine import add_verb as add_serve
 
 
@@ -35,7 +38,7 @@ def command(argv: list[str] | None) -> int:
     """Parse argv (None: the process's own) and call the verb; returns the exit code."""
     top = parser()
     options, options.rest = top.parse_known_args(argv)
-    if options.rest and options.call is not call_inspect:
+    if options.rest and options.call not in (call_inspect, call_forecast):
         top.error(f"unrecognized arguments: {' '.join(options.rest)}")
     return options.call(options)
 
@@ -77,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     )
 
     add_inspect(verbs, debug)
+    add_forecast(verbs, debug)
 
     report = verbs.add_parser("report", parents=[debug], help="write report.html of a run again and print the gains")
     report.set_defaults(call=call_report)
