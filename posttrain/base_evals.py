@@ -11,13 +11,23 @@ import torch
 from posttrain.errors import UserError
 from posttrain.few_shot import first_line
 from posttrain.intervals import measured_ratio
-from posttrain.rl.rollout import Sampling, model_logps
-from posttrain.rl.types import Rollouts
+from posttrain.layouts import Layout
+from posttrain.rl.forward import rollout_logps
+from posttrain.rl.rollout import Sampling
+from posttrain.rl.types import Completion, Rollouts
+
+MICRO_BATCH = 4096  # tokens of a forward pass that reads texts; their logits are what takes memory
 
 
 def begin_id(tokenizer) -> int | None:
     """The token that a document begins with: begin-of-text, or end-of-text where a tokenizer has only that."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def document_start(tokenizer) -> list[int]:
+    """`begin_id` as what stands before a text; nothing where the tokenizer names no such token."""
+    begin = begin_id(tokenizer)
+    return [] if begin is None else [begin]
 
 
 def rolling_windows(ids: list[int], begin: int, size: int) -> list[tuple[list[int], list[int]]]:
@@ -37,16 +47,29 @@ def bits_per_byte(model, tokenizer, texts: list[str], max_length: int) -> dict:
     """Bits a byte of `texts` under `model`, each text begun after the begin token; interval over texts.
 
     -log2 p(text) summed over all texts / bytes of all texts; the interval is that of a ratio of means. Windows hold
-    `max_length` tokens, context included, so a text of fewer tokens is read as a whole.
+    `max_length` tokens, context included, so a text of fewer tokens is read as a whole. UserError where the tokenizer
+    has no begin token, without which a text's first token has no probability.
     """
-    bits, sizes, begin = [], [], begin_id(tokenizer)
-    for text in filter(None, texts):  # an empty one has no bytes
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        contexts, windows = zip(*rolling_windows(ids, begin, max_length - 1), strict=True)
-        logps = model_logps(model, list(contexts), list(windows), 1.0)
-        bits.append(-torch.cat(logps).sum().item() / math.log(2))
-        sizes.append(len(text.encode()))
-    return measured_ratio(bits, sizes, "bits/byte")
+    begin, texts = begin_id(tokenizer), list(filter(None, texts))  # an empty one has no bytes
+    if begin is None:
+        raise UserError("bits per byte: the tokenizer names neither a begin-of-text nor an end-of-text token")
+    contexts, windows, owners = [], [], []
+    for owner, text in enumerate(texts):
+        for context, window in rolling_windows(_ids(tokenizer, text), begin, max_length - 1):
+            contexts.append(context)
+            windows.append(Completion(window, [], "length"))
+            owners.append(owner)
+    # Windows are nearly all of one length: rows padded to the longest waste little, and every architecture takes them.
+    rollouts = Rollouts([{}] * len(windows), contexts, windows, 1)
+    logps = rollout_logps(model, rollouts, Layout("padded"), 1.0, MICRO_BATCH)
+    bits = [0.0] * len(texts)
+    for owner, values in zip(owners, logps, strict=True):
+        bits[owner] -= values.sum(dtype=torch.float64).item() / math.log(2)
+    return measured_ratio(bits, [len(text.encode()) for text in texts], "bits/byte")
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class ByteTrigram:
@@ -100,12 +123,13 @@ def few_shot_answers(engine, tokenizer, prompts: list[str], max_tokens: int, roo
 
     UserError where a prompt and its answer are more than `room` tokens.
     """
-    ids = [[begin_id(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]] for text in prompts]
+    ids = [document_start(tokenizer) + _ids(tokenizer, text) for text in prompts]
     longest = max(map(len, ids)) + max_tokens
     if longest > room:
         raise UserError(
             f"a prompt and its answer take {longest} tokens, the model's context has {room}: show fewer or shorter "
             "examples, or ask for shorter answers (--max_tokens)"
         )
-    found = engine.generate(ids, Sampling(1, max_tokens, (tokenizer.eos_token_id,), temperature=0.0), seed)
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    found = engine.generate(ids, Sampling(1, max_tokens, ends, temperature=0.0), seed)
     return [first_line(tokenizer.decode(c.ids, skip_special_tokens=True)) for c in found]

@@ -9,6 +9,7 @@ heart. What it says of held-out passages is what can be guessed; training passag
 ("extractable", Carlini et al. 2022, arXiv:2202.07646, where the share grows with the logarithm of the count).
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from posttrain.rl.engine import Engine, Sampling
 
 BUCKETS = ((1, 1), (2, 9), (10, 99), (100, None))  # how often a passage stands in the training data
 HELD_OUT = "held out"
+SLOPE = "verbatim, added by ten times the copies"
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ def chosen(found: list[Passage], most: int, seed: int) -> dict[str, list[Passage
     return {name: draw.sample(group, most) if len(group) > most else group for name, group in groups.items()}
 
 
-def agreement(engine: Engine, begin: int, asked: list[Passage], prefix: int, seed: int) -> list[int]:
+def agreement(engine: Engine, begin: list[int], asked: list[Passage], prefix: int, seed: int) -> list[int]:
     """Tokens by which the greedy continuation of each prefix agrees with the passage before it first differs."""
-    prompts = [[begin, *passage.ids[:prefix]] for passage in asked]
+    prompts = [begin + list(passage.ids[:prefix]) for passage in asked]
     length = len(asked[0].ids) - prefix
     found = engine.generate(prompts, Sampling(1, length, (), temperature=0.0), seed)
     return [common(c.ids, passage.ids[prefix:]) for c, passage in zip(found, asked, strict=True)]
@@ -122,21 +124,41 @@ class Settings:
 def measure(engine: Engine, tokenizer, train: list[str], held_out: list[str], settings: Settings) -> dict:
     """{"metrics", "groups", "left_out", "conclusion"}; a passage is one observation.
 
-    metrics: "verbatim, seen 10-99" (share) and "agreeing tokens, seen 10-99" and so on, and of "held out".
+    metrics: "verbatim, seen 10-99" (share) and "agreeing tokens, seen 10-99" and so on, and of "held out"; where
+    counts differ also `SLOPE`.
     """
-    from posttrain.base_evals import begin_id
+    from posttrain.base_evals import document_start
 
     found, left = passages(tokenizer, train, held_out, settings.size)
     groups = chosen(found, settings.most, settings.seed)
-    verbatim, tokens = {}, {}
+    verbatim, tokens, points = {}, {}, []
     for name, asked in groups.items():
-        sizes = agreement(engine, begin_id(tokenizer), asked, settings.prefix, settings.seed)
+        sizes = agreement(engine, document_start(tokenizer), asked, settings.prefix, settings.seed)
         verbatim[name] = measured([float(size == settings.length) for size in sizes], "%")
         tokens[name] = measured([float(size) for size in sizes], "tokens")
+        points += [(p.times, size == settings.length) for p, size in zip(asked, sizes, strict=True) if p.times]
     metrics = {f"verbatim, {_said(name)}": figure for name, figure in verbatim.items()}
     metrics |= {f"agreeing tokens, {_said(name)}": figure for name, figure in tokens.items()}
+    if len({times for times, _ in points}) > 1:
+        metrics[SLOPE] = slope(points)
     counts = {name: sum(passage.group == name for passage in found) for name in groups}
     return {"metrics": metrics, "groups": counts, "left_out": left, "conclusion": conclusion(verbatim)}
+
+
+def slope(points: list[tuple[int, bool]]) -> dict:
+    """What ten times as many copies add to the verbatim share: least squares of (count, verbatim) on log10 of the
+    count, interval over passages (bootstrap). Carlini et al. find the share to grow linearly in that logarithm."""
+    import torch
+
+    from posttrain.bootstrap import bootstrapped
+
+    x, y = torch.tensor([[math.log10(times), float(right)] for times, right in points], dtype=torch.float64).T
+
+    def fitted(sums):  # of 1, x, y, xy, xx
+        n, x, y, xy, xx = sums.unbind(-1)
+        return (n * xy - x * y) / (n * xx - x * x)
+
+    return bootstrapped(torch.stack([torch.ones_like(x), x, y, x * y, x * x], 1), fitted, "%")
 
 
 def _said(name: str) -> str:

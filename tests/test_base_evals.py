@@ -74,6 +74,27 @@ def test_a_long_text_is_read_in_windows_that_see_the_token_before(base_tokenizer
     assert bits_per_byte(model, base_tokenizer, [text], size)["value"] == pytest.approx(bits / len(text), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mamba"])
+def test_learned_positions_alibi_and_recurrent_states_are_read_right(base_tokenizer, kind):
+    """Two texts of several windows each, whose rows must neither see each other nor run out of positions."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    width = {"n_embd": 32, "n_positions": 16} if kind == "gpt2" else {"hidden_size": 32}
+    heads = {} if kind == "mamba" else {"n_head": 2}
+    config = AutoConfig.for_model(kind, vocab_size=len(base_tokenizer), num_hidden_layers=2, **width, **heads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    texts, bits = ["One day Tom found a kite by the river. It got wet.", "Anna likes plums best. Max has a goat."], 0.0
+    for text in texts:
+        for context, part in rolling_windows(base_tokenizer(text).input_ids, base_tokenizer.bos_token_id, 15):
+            with torch.no_grad():
+                logps = model(input_ids=torch.tensor([context + part])).logits[0].log_softmax(-1)
+            bits -= sum(logps[len(context) - 1 + i, token].item() for i, token in enumerate(part)) / math.log(2)
+    found = bits_per_byte(model, base_tokenizer, texts, 16)
+    assert found["value"] == pytest.approx(bits / sum(map(len, texts)), rel=1e-5)
+
+
 # --- answers after examples
 
 

@@ -13,7 +13,18 @@ from conftest import new_llama
 from posttrain.cli import command
 from posttrain.errors import UserError
 from posttrain.models import ShapeConfig, make_llama, save_pair
-from posttrain.regurgitation import HELD_OUT, Settings, bucket, chosen, common, conclusion, measure, passages
+from posttrain.regurgitation import (
+    HELD_OUT,
+    SLOPE,
+    Settings,
+    bucket,
+    chosen,
+    common,
+    conclusion,
+    measure,
+    passages,
+    slope,
+)
 from posttrain.rl.hf_engine import HFEngine
 
 PREFIX = LENGTH = 8
@@ -64,6 +75,7 @@ def test_the_share_rises_with_how_often_a_document_was_read(trained, base_tokeni
     found = measure(engine, base_tokenizer, *planted, Settings(PREFIX, LENGTH))
     held_out, once, few, many, most = shares(found)
     assert held_out == 0 and once <= few <= many <= most and most == 1 and many > 0.5 > once
+    assert 0 < found["metrics"][SLOPE]["low"] < found["metrics"][SLOPE]["value"]
     tokens = shares(found, "agreeing tokens")
     assert tokens[0] < 1 and tokens[4] == LENGTH and tokens[1] < tokens[3]
     assert found["groups"] == {HELD_OUT: EACH, "1": EACH, "2-9": EACH, "10-99": EACH, "100+": EACH}
@@ -126,6 +138,14 @@ def test_classes_samples_and_common_beginnings():
     groups = chosen(found, 10, seed=0)
     assert list(groups) == [HELD_OUT, "1"] and [len(set(group)) for group in groups.values()] == [10, 10]
     assert chosen(found[::-1], 10, seed=0) == groups != chosen(found, 10, seed=1)
+
+
+def test_the_slope_is_that_of_a_straight_line_in_the_logarithm():
+    """Shares of 20, 50 and 80 % at 1, 10 and 100 copies: 30 points for each tenfold."""
+    points = [(times, i < right) for times, right in ((1, 20), (10, 50), (100, 80)) for i in range(100)]
+    found = slope(points)
+    assert found["value"] == pytest.approx(0.3) and 0.2 < found["low"] < 0.3 < found["high"] < 0.4
+    assert (found["n"], found["unit"]) == (300, "%")
 
 
 def test_the_conclusion_names_what_is_clearly_above_held_out():
