@@ -11,11 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-for package in ("datatrove", "warcio", "w3lib"):
-    pytest.importorskip(package)
-
 import web_pages
+
 from posttrain.data.web_readers import HtmlPages, Refused, Rows, WarcPages, decode, unpack
 from posttrain.data.web_steps import Samples
 from posttrain.errors import UserError

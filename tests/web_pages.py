@@ -6,20 +6,28 @@ In: a seed, or bodies and headers. Out: text, HTML, bytes of a WARC file.
 import gzip
 import io
 import random
+import re
 
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-NOUNS = "river garden teacher window mountain letter kitchen market morning harbour village engine forest".split()
-VERBS = "found carried watched repaired painted remembered followed opened described visited measured".split()
-PLACES = "near the old bridge|behind the school|at the end of the road|beside the quiet lake|in the north".split("|")
+NOUNS = """river garden teacher window mountain letter kitchen market morning harbour village engine forest winter
+    painter bridge island doctor orchard lantern valley factory library journey station captain blanket candle meadow
+    farmer theatre neighbour chimney bakery wagon violin castle carpenter shepherd notebook""".split()  # noqa: SIM905
+VERBS = """found carried watched repaired painted remembered followed opened described visited measured borrowed sold
+    noticed crossed admired planned forgot cleaned promised""".split()  # noqa: SIM905
+KINDS = "old quiet narrow bright heavy wooden distant famous broken gentle empty crowded green frozen".split()  # noqa: SIM905
+SHAPES = (
+    "Every {k} {n} {v} the {n} because its {n} was {k}.", "Nobody {v} a {n} as {k} as this {n}, said the {n}.",
+    "In summer my {n} {v} two {n}s with their {k} {n}.", "She {v} her {n} when we {v} that {k} {n}.",
+    "After the {k} {n} they {v} one {n} and {v} another.", "What the {n} {v} would be {k} for any {n} of today.",
+    "His {n}, which had {v} {n}s for years, {v} me to a {n}.", "You have {v} enough {k} {n}s; go home with your {n}.",
+)  # fmt: skip
 
 
 def sentence(pick: random.Random) -> str:
-    words = [pick.choice(NOUNS), pick.choice(VERBS), pick.choice(NOUNS), pick.choice(PLACES), pick.choice(NOUNS)]
-    return (
-        f"The {words[0]} that we {words[1]} with the {words[2]} {words[3]} is older than any {words[4]} of the town."
-    )
+    words = {"k": KINDS, "n": NOUNS, "v": VERBS}
+    return re.sub(r"\{(.)\}", lambda match: pick.choice(words[match[1]]), pick.choice(SHAPES))
 
 
 def english(seed: int, sentences: int = 12) -> str:
@@ -32,7 +40,8 @@ def english(seed: int, sentences: int = 12) -> str:
 def html(text: str, head: str = "") -> str:
     paragraphs = "".join(f"<p>{line}</p>\n" for line in text.splitlines())
     menu = "<nav><a href='/'>Home</a> <a href='/login'>Log in</a></nav>"
-    return f"<!DOCTYPE html><html><head>{head}<title>Page</title></head><body>{menu}<article>{paragraphs}</article></body></html>"
+    body = f"<body>{menu}<article>{paragraphs}</article></body>"
+    return f"<!DOCTYPE html><html><head>{head}<title>Page</title></head>{body}</html>"
 
 
 def record(

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
@@ -28,6 +29,8 @@ from posttrain.progress import Progress
 
 LOGS, LOCK, OUTPUT = "datatrove", "lock", "output.log"
 POLL_SECONDS = 1.0
+# Imported once by the process that local workers are forked from, in place of once a worker and phase.
+PRELOADED = ["posttrain.data.web_readers", "datatrove.pipeline.dedup", "spacy", "trafilatura", "fasttext"]
 QUEUE_SECONDS = 30.0  # between two looks at Slurm's queue
 
 
@@ -96,6 +99,7 @@ def executor_of(phase: Phase, config: WebConfig, output_dir: Path):
     """datatrove's executor of a phase, with the keys the user gave for it."""
     logs = str(phase.logs(output_dir))
     if config.executor == "local":
+        multiprocess.set_forkserver_preload(PRELOADED)
         pipeline = [Locked(output_dir / LOGS / LOCK), *phase.pipeline]
         return LocalPipelineExecutor(pipeline, tasks=phase.tasks, workers=config.workers, logging_dir=logs)
     cls = SlurmPipelineExecutor if config.executor == "slurm" else RayPipelineExecutor
