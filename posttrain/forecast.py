@@ -152,13 +152,14 @@ def _tell_memory(parts: dict[str, int], found: dict, device_memory: str | None) 
     total = sum(parts.values())
     fits = total <= (1 - memory.MARGIN) * room
     found |= {"memory": parts, "memory_total": total, "device_memory": room, "fits": fits}
-    _say("memory", "of each process, counted, GB")
+    unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
+    _say("memory", f"of each process, counted, {unit}")
     for name, value in parts.items():
         if value:
-            print(f"  {name:16} {value / 1e9:9.3f}")
+            print(f"  {name:16} {value / scale:9.3f}")
     verdict = "fits" if fits else "does NOT fit: smaller micro-batches, gradient_checkpointing, shards (fsdp2.yaml)"
     where = "as given" if device_memory else "free here"
-    print(f"  {'in all':16} {total / 1e9:9.3f} of {room / 1e9:.1f} ({where}): {verdict}", flush=True)
+    print(f"  {'in all':16} {total / scale:9.3f} of {room / scale:,.0f} ({where}): {verdict}", flush=True)
 
 
 def size(text: str) -> int:
@@ -176,7 +177,9 @@ def size(text: str) -> int:
 
 def _tell_measured(asked, shape, work, data, measured, found: dict) -> None:
     micro = measured.tokens / measured.seconds
-    share = measured.mfu if measured.mfu is not None else _mfu(asked, shape, work, measured)
+    share = measured.mfu
+    if asked.stage in ("sft", "reward"):  # the others log their own, but for rejection sampling
+        share = _mfu(asked, shape, work, measured)
     found["measured"] = dataclasses.asdict(measured) | {"tokens_per_second": micro, "mfu": share}
     words = f"{measured.tokens:,.0f} tokens in {measured.seconds:.3g} s: {micro:,.0f} tokens/s"
     mfu = "" if share is None else f", MFU {share:.1%}"
@@ -205,12 +208,14 @@ def _tell_measured(asked, shape, work, data, measured, found: dict) -> None:
 
 
 def _mfu(asked, shape, work, measured) -> float:
+    """Of training forwards. A ranking's prompt is needed once, though its replies' tokens are counted with it."""
     import torch
 
     from posttrain.throughput import mfu, peak_flops
 
     kind = "adapter" if asked.key("use_peft") else "training"
-    flops = measured.tokens * shape.flops_a_token(work.length, kind)
+    tokens = work.tokens if asked.stage == "reward" and work.tokens else measured.tokens
+    flops = tokens * shape.flops_a_token(work.length, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peak = peak_flops(device, torch.bfloat16 if asked.key("bf16") else torch.float32)
     return mfu(flops, measured.seconds, peak, measured.processes)

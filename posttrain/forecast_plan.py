@@ -197,7 +197,7 @@ def _rl(asked: Asked, processes: int, row_tokens: float | None) -> Work:
     micro = min(config.max_tokens_per_microbatch, math.ceil(tokens / processes / config.num_minibatches))
     words = (
         f"{config.num_prompts} prompts x {config.num_generations} completions of up to "
-        f"{config.max_completion_length} tokens, {config.num_iterations * config.num_minibatches} updates"
+        f"{config.max_completion_length} tokens; updates: {config.num_iterations * config.num_minibatches}"
     )
     return Work(config.max_steps, None, length, micro, words)
 
@@ -282,19 +282,25 @@ def _loss(asked: Asked, model, rows: int, length: int, work: Work) -> torch.Tens
 
 def _others(asked: Asked, config, stored: int) -> dict[str, int]:
     """Networks beside the one that is trained, and what samples."""
-    if asked.stage not in ("ppo", "grpo"):
+    if asked.stage not in ("ppo", "grpo", "rejection"):
         return {}
-    weights, loss, ppo = (
-        shape_of(config).parameters * stored,
-        asked.configs["LossConfig"],
-        asked.configs.get("PPOConfig"),
-    )
-    adapters, offload = asked.key("use_peft"), asked.key("offload")
-    found = {}
-    if (loss.beta > 0 or ppo is not None) and not adapters:
-        found["reference"] = 0 if offload else weights
+    weights, found = shape_of(config).parameters * stored, _engine(asked, config, stored)
+    loss, ppo = asked.configs.get("LossConfig"), asked.configs.get("PPOConfig")
+    if loss is not None and (loss.beta > 0 or ppo is not None) and not asked.key("use_peft"):
+        found["reference"] = 0 if asked.key("offload") else weights
     if ppo is not None:
         found["reward model"] = weights
         if ppo.critic != "trunk":  # weights, gradients and two moments of its own
             found["critic"] = 4 * weights
     return found
+
+
+def _engine(asked: Asked, config, stored: int) -> dict[str, int]:
+    """vLLM's weights and cache, where it runs in this process and does not sleep while training."""
+    from posttrain.rl.rollout import vllm_obstacle
+
+    engines = asked.configs["EngineConfig"]
+    sleeps = engines.vllm_enable_sleep_mode != "false" and torch.cuda.is_available()
+    if engines.vllm_mode == "server" or engines.use_vllm == "false" or vllm_obstacle(config) or sleeps:
+        return {}
+    return {"vLLM": shape_of(config).parameters * stored + round(engines.vllm_kv_cache_gb * 2**30)}
