@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from posttrain import doctor, figures, plots
+from posttrain import doctor, figures, plots, web_figure
 from posttrain.errors import UserError
 
 LONGEST_TEXT = 4000  # characters of one reply or prompt; the rest is counted, not shown
@@ -304,6 +304,8 @@ def write_report(run_dir: Path, stages: list[str] | None = None) -> Path:
         verdict=verdict,
         figures=figures,
         pictures=plots.stage_pictures,
+        wide_pictures=web_figure.pictures,
+        dropped=web_figure.dropped,
         skipped=skipped,
         shown_by_round=lambda metrics: [name for name in metrics if ", " not in name],
         remarks=lambda stage: doctor.heard(stage.log, stage.manifest.get("config") or {}),
