@@ -15,6 +15,7 @@ The text begins where a document begins: after the token that texts begin with i
 import argparse
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -118,7 +119,7 @@ def _show(completer, ids: list[int], prompt: str, decoding: Decoding, n: int, se
                 write(printable(piece))
         if not quiet:
             write("\n")
-        if continuation.end in ("max_new_tokens", "context"):
+        if continuation.end in ("max_new_tokens", "context") and not quiet:
             limit = decoding.max_new_tokens if continuation.end == "max_new_tokens" else completer.context
             note(f"[cut: {continuation.end} {limit}]")
         found.append(continuation)
@@ -135,7 +136,7 @@ def _show_probabilities(options, completer, ids: list[int], found: list, seed: i
 
     shown = view.look(completer.model, completer.tokenizer, ids, [(c.ids, c.end) for c in found])
     if options.probs:
-        write(view.as_text(shown, os.get_terminal_size().columns if sys.stdout.isatty() else 100, wants_colour()))
+        write(view.as_text(shown, shutil.get_terminal_size((100, 24)).columns, wants_colour()))
     if options.html:
         names = ("temperature", "top_k", "top_p", "max_new_tokens")
         settings = {name: getattr(options, name) for name in names} | {"seed": seed}

@@ -126,10 +126,11 @@ def texts(options, found: Found, prefix: str) -> list[str]:
 
 
 def bits(subject: Subject, held_out: list[str], trained: list[str]) -> dict:
-    """Bits a byte of the held-out texts and, beside it, of a byte trigram of the training texts."""
+    """Bits a byte of the held-out texts and, beside it, of a byte trigram of the training texts; not where those are
+    there for --regurgitation, which may ask for more of them than a trigram in Python can read."""
     longest = min(subject.options.max_length, subject.context)
     found = {"bits per byte": base_evals.bits_per_byte(subject.model, subject.tokenizer, held_out, longest)}
-    if trained:
+    if trained and not subject.options.regurgitation:
         found["bits per byte, byte trigram"] = base_evals.ByteTrigram(trained).bits_per_byte(
             list(filter(None, held_out))
         )

@@ -36,7 +36,9 @@ def add_verb(verbs, debug: argparse.ArgumentParser) -> None:
 
 
 def _add_base(group) -> None:
-    group.add_argument("--train_data", metavar="NAME", help="training texts: a byte trigram of them is the floor")
+    group.add_argument(
+        "--train_data", metavar="NAME", help="training texts: for --regurgitation, else for a byte trigram"
+    )
     group.add_argument("--train_data_config", metavar="NAME", help="default: --data_config where the data is the same")
     group.add_argument("--train_data_adapter", metavar="NAME", help="likewise")
     group.add_argument("--train_split", default="train", help="split or slice; default: %(default)s")

@@ -4,6 +4,8 @@ In: a causal LM, its tokenizer and names of tasks: the harness's own, or those o
 may be local files. Out: each task's figures, the harness's own standard errors as 95 % intervals, and its settings.
 Run: posttrain eval MODEL --tasks hellaswag,arc_easy [--num_fewshot 5] [--limit 100]
      posttrain eval runs/tiny/pretrain --tasks tiny_facts --include_path examples/lm_eval_tasks
+
+Contexts begin as the harness begins them: a tokenizer that adds no begin token by itself gets none, as for GPT-2.
 """
 
 import logging

@@ -12,13 +12,14 @@ heart. What it says of held-out passages is what can be guessed; training passag
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from posttrain.errors import UserError
 from posttrain.intervals import clearly_higher, measured
 from posttrain.rl.engine import Engine, Sampling
 
+CHUNK = 1000  # documents that are tokenized at a time
+SHOWN = 20  # passages that came back, in the report
 BUCKETS = ((1, 1), (2, 9), (10, 99), (100, None))  # how often a passage stands in the training data
 HELD_OUT = "held out"
 SLOPE = "verbatim, added by ten times the copies"
@@ -44,35 +45,53 @@ def bucket(times: int, buckets=BUCKETS) -> str:
     raise ValueError(f"no class of {buckets} holds {times}")
 
 
+@dataclass
+class Beginnings:
+    """How documents begin: normalised text -> tokens of the first that begins so, and how many do."""
+
+    first: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    times: Counter = field(default_factory=Counter)
+    short: int = 0  # documents without a whole passage
+
+
+def beginnings(tokenizer, texts: list[str], size: int) -> Beginnings:
+    """The first `size` tokens of each text, a few texts at a time: what repeats is kept once."""
+    from posttrain.data.overlap import normalised
+
+    found = Beginnings()
+    for start in range(0, len(texts), CHUNK):
+        part = texts[start : start + CHUNK]
+        for ids in tokenizer(part, add_special_tokens=False, truncation=True, max_length=size)["input_ids"]:
+            if len(ids) < size:
+                found.short += 1
+                continue
+            key = normalised(tokenizer.decode(ids))
+            found.first.setdefault(key, tuple(ids))
+            found.times[key] += 1
+    return found
+
+
 def passages(tokenizer, train: list[str], held_out: list[str], size: int) -> tuple[list[Passage], dict[str, int]]:
     """(different passages of `size` tokens, what was left out). Two count as one where their text is the same but for
     case and white space. Left out: documents that are too short, held-out passages that stand in training."""
-    from posttrain.data.overlap import normalised
-
-    def read(texts: list[str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(normalised text, tokens) of each document that is long enough."""
-        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]:
-            if len(ids) >= size:
-                yield normalised(tokenizer.decode(ids[:size])), tuple(ids[:size])
-
-    trained, other = list(read(train)), list(read(held_out))
-    times = Counter(key for key, _ in trained)
-    first = dict(reversed(trained))  # of equal ones the first
-    new = {key: ids for key, ids in reversed(other) if key not in times}
+    trained, other = beginnings(tokenizer, train, size), beginnings(tokenizer, held_out, size)
     left = {
-        "training documents too short": len(train) - len(trained),
-        "held-out documents too short": len(held_out) - len(other),
-        "held-out documents that begin as training ones do": sum(key in times for key, _ in other),
+        "training documents too short": trained.short,
+        "held-out documents too short": other.short,
+        "held-out documents that begin as training ones do": sum(
+            times for key, times in other.times.items() if key in trained.times
+        ),
     }
-    found = [Passage(ids, times[key]) for key, ids in first.items()] + [Passage(ids, 0) for ids in new.values()]
-    for what, missing in (("train_data", not first), ("data", not new)):
-        if missing:
+    found = [Passage(ids, trained.times[key]) for key, ids in trained.first.items()]
+    new = [Passage(ids, 0) for key, ids in other.first.items() if key not in trained.times]
+    for what, there in (("train_data", found), ("data", new)):
+        if not there:
             counted = ", ".join(f"{count} {name}" for name, count in left.items() if count)
             raise UserError(
                 f"--{what}: no passage of {size} tokens to ask for ({counted or 'no documents'}); lower "
                 "--prefix_tokens and --continue_tokens, or give other documents"
             )
-    return found, left
+    return found + new, left
 
 
 def chosen(found: list[Passage], most: int, seed: int) -> dict[str, list[Passage]]:
@@ -122,27 +141,36 @@ class Settings:
 
 
 def measure(engine: Engine, tokenizer, train: list[str], held_out: list[str], settings: Settings) -> dict:
-    """{"metrics", "groups", "left_out", "conclusion"}; a passage is one observation.
+    """{"metrics", "groups", "left_out", "came_back", "conclusion"}; a passage is one observation.
 
     metrics: "verbatim, seen 10-99" (share) and "agreeing tokens, seen 10-99" and so on, and of "held out"; where
-    counts differ also `SLOPE`.
+    counts differ also `SLOPE`. groups: how many passages each group has; came_back: some that did, most copies first.
     """
     from posttrain.base_evals import document_start
 
     found, left = passages(tokenizer, train, held_out, settings.size)
     groups = chosen(found, settings.most, settings.seed)
-    verbatim, tokens, points = {}, {}, []
+    verbatim, tokens, points, back = {}, {}, [], []
     for name, asked in groups.items():
         sizes = agreement(engine, document_start(tokenizer), asked, settings.prefix, settings.seed)
         verbatim[name] = measured([float(size == settings.length) for size in sizes], "%")
         tokens[name] = measured([float(size) for size in sizes], "tokens")
         points += [(p.times, size == settings.length) for p, size in zip(asked, sizes, strict=True) if p.times]
+        back += [p for p, size in zip(asked, sizes, strict=True) if size == settings.length]
     metrics = {f"verbatim, {_said(name)}": figure for name, figure in verbatim.items()}
     metrics |= {f"agreeing tokens, {_said(name)}": figure for name, figure in tokens.items()}
     if len({times for times, _ in points}) > 1:
         metrics[SLOPE] = slope(points)
     counts = {name: sum(passage.group == name for passage in found) for name in groups}
-    return {"metrics": metrics, "groups": counts, "left_out": left, "conclusion": conclusion(verbatim)}
+    shown = [shown_passage(tokenizer, p, settings.prefix) for p in back[: -SHOWN - 1 : -1]]
+    said = {"conclusion": conclusion(verbatim), "came_back": shown}
+    return {"metrics": metrics, "groups": counts, "left_out": left, **said}
+
+
+def shown_passage(tokenizer, passage: Passage, prefix: int) -> dict:
+    """A passage as text, cut where the model went on by itself."""
+    parts = passage.ids[:prefix], passage.ids[prefix:]
+    return {"times": passage.times, **dict(zip(("given", "said"), map(tokenizer.decode, parts), strict=True))}
 
 
 def slope(points: list[tuple[int, bool]]) -> dict:

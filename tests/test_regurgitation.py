@@ -78,6 +78,9 @@ def test_the_share_rises_with_how_often_a_document_was_read(trained, base_tokeni
     assert 0 < found["metrics"][SLOPE]["low"] < found["metrics"][SLOPE]["value"]
     tokens = shares(found, "agreeing tokens")
     assert tokens[0] < 1 and tokens[4] == LENGTH and tokens[1] < tokens[3]
+    given = {example["given"] + example["said"] for example in found["came_back"]}
+    assert found["came_back"][0]["times"] == 120 and len(given) == len(found["came_back"]) > EACH
+    assert all(any(text.startswith(passage) for text in planted[0]) for passage in given)
     assert found["groups"] == {HELD_OUT: EACH, "1": EACH, "2-9": EACH, "10-99": EACH, "100+": EACH}
     assert found["conclusion"].startswith("memorised: ") and "100.0 % of those seen 100+ times" in found["conclusion"]
 
