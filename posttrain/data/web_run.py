@@ -27,7 +27,7 @@ from posttrain.errors import UserError
 from posttrain.lookup import nearest
 from posttrain.progress import Progress
 
-LOGS, LOCK, OUTPUT = "datatrove", "lock", "output.log"
+LOGS, LOCK, OUTPUT, JOB = "datatrove", "lock", "output.log", "slurm_job"
 POLL_SECONDS = 1.0
 # Imported once by the process that local workers are forked from, in place of once a worker and phase.
 PRELOADED = ["posttrain.data.web_readers", "datatrove.pipeline.dedup", "spacy", "trafilatura", "fasttext"]
@@ -88,9 +88,10 @@ def run(phase: Phase, config: WebConfig, output_dir: Path) -> None:
     executor = executor_of(phase, config, output_dir)
     progress = Progress(f"clean:{phase.name}", phase.tasks, "task", initial=_completed(logs))
     with progress, _watched(lambda: _completed(logs), progress), _stderr_to(output_dir / LOGS / OUTPUT):
-        executor.run()
         if config.executor == "slurm":
-            _wait_for_slurm(executor, phase, logs)
+            _run_on_slurm(executor, phase, logs)
+        else:
+            executor.run()
     if _completed(logs) < phase.tasks:
         raise UserError(f"{phase.name}: {_failure(phase, logs)}")
 
@@ -166,14 +167,28 @@ def _failure(phase: Phase, logs: Path) -> str:
     )
 
 
-def _wait_for_slurm(executor: SlurmPipelineExecutor, phase: Phase, logs: Path) -> None:
-    """Until every task is completed or no job of the array is left in the queue."""
-    while _completed(logs) < phase.tasks:
-        job = executor.job_id
-        listed = subprocess.run(["squeue", "--noheader", "--jobs", str(job)], capture_output=True, text=True)
-        if not listed.stdout.strip() and _completed(logs) < phase.tasks:
-            return
-        time.sleep(QUEUE_SECONDS)
+def _run_on_slurm(executor: SlurmPipelineExecutor, phase: Phase, logs: Path) -> None:
+    """Submit what is left, or find the jobs of an earlier run still in the queue, and stay until they have left it.
+
+    UserError where Slurm refuses. Its number is kept: two arrays of the same tasks would write the same files.
+    """
+    job = logs / JOB
+    try:
+        if not (job.is_file() and _queued(job.read_text())):
+            executor.run()
+            if executor.job_id != -1:  # nothing was left to submit
+                job.write_text(str(executor.job_id))
+        while _completed(logs) < phase.tasks and _queued(job.read_text()):
+            time.sleep(QUEUE_SECONDS)
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        raise UserError(f"executor slurm: {error}; what Slurm said is in {logs.parent / OUTPUT}") from error
+    if _completed(logs) < phase.tasks:
+        time.sleep(QUEUE_SECONDS)  # a shared file system shows new files late
+
+
+def _queued(job: str) -> bool:
+    listed = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True)
+    return bool(listed.stdout.strip())
 
 
 def start_ray(config: WebConfig) -> None:
