@@ -85,6 +85,9 @@ def measure(options) -> Found:
             "nothing to measure: give --data (texts, for bits per byte), --few_shot FILE, --suite tiny, "
             "--regurgitation or --tasks A,B"
         )
+    for flag, needed in (("train_data", "data"), ("include_path", "tasks"), ("limit", "tasks")):
+        if getattr(options, flag) is not None and getattr(options, needed) is None:
+            raise UserError(f"--{flag}: does nothing without --{needed}; add that or leave it out")
     held_out = texts(options, found, "") if options.data else []
     trained = texts(options, found, "train_") if options.train_data else []
     subject = Subject(options)

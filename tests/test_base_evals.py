@@ -158,7 +158,7 @@ def test_a_model_that_knows_some_facts_is_found_to(base_tokenizer, tmp_path):
         width = max(map(len, rows))
         ids = torch.tensor([row + [base_tokenizer.pad_token_id] * (width - len(row)) for row in rows])
         labels = ids.masked_fill(ids == base_tokenizer.pad_token_id, -100)
-        for _ in range(150):
+        for _ in range(100):
             model(input_ids=ids, labels=labels).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -209,6 +209,8 @@ def test_texts_give_bits_and_a_floor_and_the_same_again(base, tmp_path, capsys, 
         (("--few_shot", "none.jsonl"), "--few_shot: none.jsonl: No such file"),
         (("--data", "tiny", "--data_config", "rankings"), "is no reward model (LlamaForCausalLM), so rows of text"),
         (("--tasks", " , "), "--tasks: no name given"),
+        (("--suite", "tiny", "--train_data", "tiny"), "--train_data: does nothing without --data"),
+        (("--suite", "tiny", "--limit", "3"), "--limit: does nothing without --tasks"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(base, flags, words):

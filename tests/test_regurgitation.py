@@ -105,7 +105,7 @@ def test_the_verb_writes_the_same_figures(trained, base_tokenizer, planted, tmp_
         "false",
     ]
     data = ["--train_data", str(tmp_path / "train.jsonl"), "--data", str(tmp_path / "held_out.jsonl")]
-    command(["eval", str(tmp_path / "model"), *data, *flags, "--split", "train", "--json", str(tmp_path / "out.json")])
+    command(["eval", str(tmp_path / "model"), *data, *flags, "--json", str(tmp_path / "out.json")])
     told, found = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
     engine = HFEngine(trained, base_tokenizer.pad_token_id)
     own = measure(engine, base_tokenizer, *planted, Settings(PREFIX, LENGTH))
