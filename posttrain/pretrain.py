@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from posttrain import liger, memory, sharding
+from posttrain import liger, memory, processes, sharding
 from posttrain.args import arg, at_least, one_of
 from posttrain.errors import UserError
 from posttrain.layouts import common_layout, head_size
@@ -141,7 +141,7 @@ def recomputes(stage, model, config: PretrainConfig, bf16: bool, optim: str) -> 
     room = memory.device_memory(model.device)
     enough, need = memory.fits(
         model.config, min(config.micro_batch_size, config.batch_size), config.sequence_length, device_bytes=room,
-        bf16=bf16, optim=optim, world=int(os.environ.get("WORLD_SIZE", "1")), spread=sharding.asked(),
+        bf16=bf16, optim=optim, world=int(os.environ.get("WORLD_SIZE", "1")), spread=processes.asked(),
     )  # fmt: skip
     if not enough:
         needed = need.peak / 2**30

@@ -17,9 +17,9 @@ import torch
 from posttrain.args import arg, at_least
 from posttrain.errors import UserError
 from posttrain.liger import takes_liger
+from posttrain.processes import refuse_shards
 from posttrain.progress import Progress
 from posttrain.sft_rows import collate, pack_rows, single_rows
-from posttrain.sharding import refuse_shards
 from posttrain.training import OptimConfig
 
 TRAINER_SCHEDULES = {

@@ -259,14 +259,14 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     import accelerate
     import transformers
 
-    from posttrain import sharding
+    from posttrain import processes
 
     transformers.utils.logging.disable_progress_bar()  # loading and saving take a moment; training has a bar of ours
-    process = sharding.processes()
+    process = processes.join()
     config = args.resolved(*configs)
     trackers.require_installed(trackers.chosen(config["report_to"]))
     stage = Stage(name, config, describe_parents(parents), data, process.is_main_process)
-    stage.processes = sharding.describe(process)
+    stage.processes = processes.describe(process)
     for path in parents.values():
         checkpoint.verify(Path(path), (read_manifest(path) or {}).get("files", {}))
     found = _look(stage)

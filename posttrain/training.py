@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from posttrain import sharding, zero
+from posttrain import processes, sharding, zero
 from posttrain.args import arg, one_of
 from posttrain.errors import UserError
 from posttrain.optimizers import make_optimizer
@@ -87,7 +87,7 @@ class Updater:
     ):  # fmt: skip
         self.accelerator, self.config, self.total_steps, self.updates = accelerator, config, total_steps, 0
         self.peak = config.learning_rate if learning_rate is None else learning_rate
-        how = sharding.asked()
+        how = processes.asked()
         self.sharded, self.by_deepspeed = how != "ddp", how == "zero3"
         self.padding = False  # whether `loss_of` runs only to keep step with processes that have more micro-batches
         if how == "fsdp2":

@@ -59,12 +59,12 @@ def test_a_stage_says_what_it_runs_on(tmp_path, tokenizer_path, config, count, s
 
 
 SAY = """
-from posttrain import sharding
+from posttrain import processes
 from posttrain.errors import entry
 
 def main():
-    process = sharding.processes()
-    print(process.process_index, sharding.describe(process))
+    process = processes.join()
+    print(process.process_index, processes.describe(process))
 
 entry(main)
 """

@@ -183,18 +183,33 @@ def weights(accelerator, folder):
             save_model(model, f"{folder}/whole")
 
 
-SECTIONS = {section.__name__: section for section in (updates, resume, stops, weights, bf16)}
+def uneven(accelerator, folder):
+    """Inside `gathered` one process may look at its model as often as it likes: training goes on with the others."""
+    from posttrain.sharding import gathered
+
+    alone, model = llama(), llama()
+    updater = updater_of(model, accelerator)
+    found = steps(updater, 1)
+    with gathered(updater.model), torch.no_grad():
+        for _ in range(3 if accelerator.is_main_process else 0):
+            model(torch.tensor([[1, 2, 3]]), use_cache=False)
+    found += steps(updater, 2)
+    for numbers, expected in zip(found, plain_steps(alone, 3), strict=True):
+        assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+SECTIONS = {section.__name__: section for section in (updates, uneven, resume, stops, weights, bf16)}
 
 
 def on_each_process(table: dict, folder: str, *sections: str) -> None:
     """Run sections of a table of functions, and leave a file for each that ended, with what the process runs on."""
-    from posttrain import sharding, stage
+    from posttrain import processes, stage
 
-    process = sharding.processes()
+    process = processes.join()
     accelerator = stage.accelerator(bf16=sections == ("bf16",))
     for section in sections:
         table[section](accelerator, folder)
-        Path(f"{folder}/{section}-{process.process_index}").write_text(sharding.describe(process))
+        Path(f"{folder}/{section}-{process.process_index}").write_text(processes.describe(process))
     accelerator.end_training()
 
 
@@ -221,7 +236,7 @@ def assert_both_ended(launched: tuple[Path, str], section: str, sharding: str) -
 def launched(tmp_path_factory):
     """(folder, what the processes said) of the sections in fp32, which share a launch, and of bf16."""
     folder, config = tmp_path_factory.mktemp("sharded"), ROOT / "recipes/accelerate/fsdp2.yaml"
-    return folder, launch_sections(config, __file__, folder, ["updates", "resume", "stops", "weights"], ["bf16"])
+    return folder, launch_sections(config, __file__, folder, ["updates", "uneven", "resume", "stops", "weights"], ["bf16"])
 
 
 @pytest.mark.slow
@@ -276,16 +291,16 @@ def test_a_model_that_is_not_sharded_is_left_alone():
     ],
 )
 def test_what_would_be_ignored_is_refused(monkeypatch, variable, value, words):
-    from posttrain import sharding
+    from posttrain import processes
     from posttrain.errors import UserError
 
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert sharding.asked() == "fsdp2"
+    assert processes.asked() == "fsdp2"
     with pytest.raises(UserError, match="sft: no FSDP2 here"):
-        sharding.refuse_shards("sft", "TRL's Trainer")
+        processes.refuse_shards("sft", "TRL's Trainer")
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=words):
-        sharding.asked()
+        processes.asked()
 
 
 if __name__ == "__main__":

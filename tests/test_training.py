@@ -8,14 +8,13 @@ import math
 import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 
 import numpy
 import pytest
 import torch
-from conftest import REPOSITORY, new_llama
+from conftest import REPOSITORY
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
 from posttrain import stage
@@ -23,8 +22,6 @@ from posttrain.base_evals import ByteTrigram, bits_per_byte
 from posttrain.errors import UserError
 from posttrain.order import shuffled_indices
 from posttrain.packing import pack
-from posttrain.pretrain import PretrainConfig, make_chunks, pretrain
-from posttrain.stage import StageConfig
 from posttrain.training import OptimConfig, Updater, read_state, schedule, write_state
 
 LENGTHS = [2, 900, 31, 3, 257, 64, 5, 128]
@@ -278,46 +275,6 @@ def test_rows_come_once_before_any_comes_again():
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(map(tuple, epochs))) == 21
     assert taken[:70] == shuffled_indices(0, 70, 10, seed=0) != shuffled_indices(0, 70, 10, seed=1)
     assert sorted(shuffled_indices(0, 25, 5, seed=0)) == sorted(list(range(5)) * 5)  # a step larger than the data
-
-
-def test_chunks_hold_all_texts_in_order(base_tokenizer):
-    texts = ["Sum: 1+2.", "", "One day Tom found a hat."]
-    chunks = make_chunks(base_tokenizer, texts, 4)
-    text = base_tokenizer.decode(chunks.flatten())
-    assert chunks.shape[1] == 4 and "".join(f"<|endoftext|>{t}" for t in texts).startswith(text)
-    with pytest.raises(UserError, match=r"fewer than one chunk: lower sequence_length \(500\)"):
-        make_chunks(base_tokenizer, texts, 500)
-
-
-@pytest.mark.usefixtures("restored_signals")
-def test_pretraining_stopped_by_sigterm_ends_in_the_same_weights(tokenizer, tmp_path):
-    chunks = torch.randint(len(tokenizer), (20, 16), generator=torch.Generator().manual_seed(0))
-
-    def run(folder, model, stop_at=None):
-        own = StageConfig(str(folder), logging_steps=1)
-        config = PretrainConfig("unused", max_steps=6, sequence_length=16, batch_size=4, micro_batch_size=2)
-        optim = OptimConfig(learning_rate=0.01, warmup_steps=1)
-        current = stage.start("pretrain", (own, config, optim), parents={}, data=[])
-        log = current.log
-
-        def log_and_stop(step, **numbers):
-            log(step, **numbers)
-            if step == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        current.log = log_and_stop
-        return pretrain(current, stage.accelerator(False), model, chunks, config, optim)
-
-    straight, stopped, resumed = (new_llama(tokenizer) for _ in range(3))
-    assert run(tmp_path / "straight", straight) == 6 * 4 * 16
-    with pytest.raises(SystemExit) as left:
-        run(tmp_path / "stopped", stopped, stop_at=3)
-    assert left.value.code == 143
-    run(tmp_path / "stopped", resumed)
-    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
-    assert not torch.equal(straight.lm_head.weight, stopped.lm_head.weight)
-    lines = (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()
-    assert len(lines) == 6
 
 
 def test_the_trigram_model_sums_to_one_over_bytes():

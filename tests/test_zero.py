@@ -255,29 +255,29 @@ def test_grpo_stopped_and_resumed_is_the_same_run(tmp_path):
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(monkeypatch, variable, value, words):
-    from posttrain import sharding
+    from posttrain import processes
     from posttrain.errors import UserError
 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert sharding.asked() == "zero3"
+    assert processes.asked() == "zero3"
     with pytest.raises(UserError, match="sft: no DeepSpeed ZeRO-3 here"):
-        sharding.refuse_shards("sft", "TRL's Trainer")
+        processes.refuse_shards("sft", "TRL's Trainer")
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=words):
-        sharding.asked()
+        processes.asked()
 
 
 def test_accelerate_is_not_told_of_deepspeed(monkeypatch):
-    from posttrain import sharding, zero
+    from posttrain import processes, zero
 
     monkeypatch.delenv(zero.OURS, raising=False)
     zero.keep_from_accelerate()
-    assert sharding.asked() == "ddp"
+    assert processes.asked() == "ddp"
     monkeypatch.setenv(zero.OURS, "")  # so that it is gone afterwards
     monkeypatch.delenv(zero.OURS)
     monkeypatch.setenv(zero.LAUNCHED, "true")
     zero.keep_from_accelerate()
-    assert zero.LAUNCHED not in os.environ and sharding.asked() == "zero3"
+    assert zero.LAUNCHED not in os.environ and processes.asked() == "zero3"
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from posttrain import sharding
+from posttrain import processes, sharding
 from posttrain.doctor import doctor_of
 from posttrain.errors import UserError
 from posttrain.layouts import common_layout
@@ -82,10 +82,10 @@ class RLTrainer:
             raise UserError("num_generations: found 1, expected at least 2: GRPO compares a prompt's completions")
         if self.loss.beta and self.reference is None:
             raise UserError(f"beta: found {self.loss.beta}, but there is no reference to measure a KL against")
-        how = sharding.asked()
+        how = processes.asked()
         if config.offload and how != "ddp":
             raise UserError(
-                f"offload: found true beside {sharding.NAMES[how]}, which spreads weights already: no offload"
+                f"offload: found true beside {processes.NAMES[how]}, which spreads weights already: no offload"
             )
         if how == "zero3" and self.critic is not None and self.ppo.critic == "trunk" and self.ppo.critic_warmup_steps:
             raise UserError("critic_warmup_steps: DeepSpeed updates the trunk without gradient, too: 0, or fsdp2.yaml")
