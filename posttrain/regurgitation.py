@@ -199,6 +199,6 @@ def conclusion(verbatim: dict[str, dict]) -> str:
     guess = f"{100 * held_out['value']:.1f} % of held-out passages"
     clear = [name for name, figure in verbatim.items() if name != HELD_OUT and clearly_higher(held_out, figure)]
     if not clear:
-        return f"no sign of memorisation: training passages come back verbatim no more often than {guess} do"
+        return f"no clear sign of memorisation: the shares of training passages do not stand clear of {guess}"
     shares = ", ".join(f"{100 * verbatim[name]['value']:.1f} % of those seen {name} times" for name in clear)
     return f"memorised: {shares} come back verbatim, against {guess}"

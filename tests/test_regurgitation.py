@@ -88,7 +88,7 @@ def test_the_share_rises_with_how_often_a_document_was_read(trained, base_tokeni
 def test_an_untrained_model_says_nothing_by_heart(base_tokenizer, planted):
     engine = HFEngine(new_llama(base_tokenizer), base_tokenizer.pad_token_id)
     found = measure(engine, base_tokenizer, *planted, Settings(PREFIX, LENGTH))
-    assert shares(found) == [0] * 5 and found["conclusion"].startswith("no sign of memorisation")
+    assert shares(found) == [0] * 5 and found["conclusion"].startswith("no clear sign of memorisation")
 
 
 def test_the_verb_writes_the_same_figures(trained, base_tokenizer, planted, tmp_path, capsys):
