@@ -108,8 +108,9 @@ def _say(label: str, text: str) -> None:
 
 
 def _tell_plan(asked, data, found: dict, device_memory: str | None, processes: int):
-    from posttrain import forecast_data, forecast_plan, sharding
+    from posttrain import forecast_data, forecast_plan
     from posttrain.liger import liger_obstacle
+    from posttrain.processes import asked as spread_asked
 
     config = forecast_plan.model_config(asked)
     shape = forecast_plan.shape_of(config)
@@ -119,7 +120,7 @@ def _tell_plan(asked, data, found: dict, device_memory: str | None, processes: i
     tokens = "" if work.tokens is None else f"{work.tokens:,} tokens: "
     _say("step", f"{tokens}{work.words}")
     if work.steps:
-        total = f", {work.steps * work.tokens:.3g} tokens" if work.tokens else ""
+        total = f", {work.steps * work.tokens:,} tokens" if work.tokens else ""
         _say("run", f"{work.steps:,} steps{total}")
     planned = forecast_data.planned(asked, work)
     found["tokens_a_step"] = work.tokens
@@ -128,7 +129,7 @@ def _tell_plan(asked, data, found: dict, device_memory: str | None, processes: i
     _say("data", _data_words(data, planned, passes))
     liger = asked.key("use_liger_kernel")
     fused = str(liger).lower() == "true" or (str(liger).lower() == "auto" and liger_obstacle() is None)
-    parts = forecast_plan.memory_of(asked, config, work, processes, fused=fused, spread=sharding.asked())
+    parts = forecast_plan.memory_of(asked, config, work, processes, fused=fused, spread=spread_asked())
     _tell_memory(parts, found, device_memory)
     return shape, work
 
@@ -137,7 +138,7 @@ def _data_words(data, planned: float | None, passes: float | None) -> str:
     wanted = "" if planned is None else f"; the run takes {planned:,.0f}"
     if data.available is None:
         return f"{data.unit} unknown: {data.why}{wanted}"
-    often = "" if passes is None else f", {passes:.3g} times over" if passes > 1 else f", {passes:.0%} of them"
+    often = "" if passes is None else f", {number(passes)} times over" if passes > 1 else f", {passes:.0%} of them"
     return f"{'about ' if data.unit == 'tokens' else ''}{data.available:,.0f} {data.unit}{wanted}{often}"
 
 
@@ -181,14 +182,14 @@ def _tell_measured(asked, shape, work, data, measured, found: dict) -> None:
     if asked.stage in ("sft", "reward"):  # the others log their own, but for rejection sampling
         share = _mfu(asked, shape, work, measured)
     found["measured"] = dataclasses.asdict(measured) | {"tokens_per_second": micro, "mfu": share}
-    words = f"{measured.tokens:,.0f} tokens in {measured.seconds:.3g} s: {micro:,.0f} tokens/s"
+    words = f"{measured.tokens:,.0f} tokens in {number(measured.seconds)} s: {number(micro)} tokens/s"
     mfu = "" if share is None else f", MFU {share:.1%}"
     peak = "" if measured.memory_gb is None else f", peak {measured.memory_gb * 2**30 / 1e9:.2f} GB"
     _say("measured", f"{words}{mfu}{peak} ({measured.device})")
     if peak and "cuda" not in measured.device:
         print("           without a GPU the peak is the whole process's: Python and its libraries are in it")
     if measured.parts:
-        parts = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in measured.parts.items())
+        parts = ", ".join(f"{name} {number(seconds)} s" for name, seconds in measured.parts.items())
         print(f"           of that {parts}")
     for note in measured.notes:
         print(f"           {note}")
@@ -263,16 +264,24 @@ def _tell_computed(asked, shape, work, device: str | None, mfu: float | None, fo
 def _tell_cost(asked, found: dict) -> None:
     if found["hours"] is None:
         return
-    step = "" if found["seconds_a_step"] is None else f"{found['seconds_a_step']:.3g} s a step, "
+    step = "" if found["seconds_a_step"] is None else f"{number(found['seconds_a_step'])} s a step, "
     _say("time", f"{step}{duration(found['hours'])} without evaluation, checkpoints and reading data")
     if found["price"] is not None:
         found["cost"] = found["hours"] * found["gpus"] * found["price"]
-        _say("cost", f"${found['cost']:,.2f} = {found['hours']:.3g} h x {found['gpus']} x ${found['price']:g} an hour")
+        _say(
+            "cost",
+            f"${found['cost']:,.2f} = {number(found['hours'])} h x {found['gpus']} x ${found['price']:g} an hour",
+        )
 
 
 def duration(hours: float) -> str:
     """Hours as `35 s`, `12 min`, `3.4 h` or `2.5 days`."""
     for unit, length in (("days", 24.0), ("h", 1.0), ("min", 1 / 60)):
         if hours >= (48.0 if unit == "days" else length):
-            return f"{hours / length:.3g} {unit}"
-    return f"{hours * 3600:.3g} s"
+            return f"{number(hours / length)} {unit}"
+    return f"{number(hours * 3600)} s"
+
+
+def number(value: float) -> str:
+    """Three digits that count, or all those before the point: 0.0815, 5.61, 3,740."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -49,12 +49,14 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        held = self.weights + self.gradients + self.optimizer + self.exchange
-        return held + max(self.copies + self.activations + self.logits, self.update)
+        return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """The parts by name. They add up to `peak` but for `update`, which replaces three of them where it is more."""
-        return asdict(self)
+        """What is held at the peak, by name: the update's temporaries, or the micro-batch where that is more."""
+        parts = asdict(self)
+        passing = ("copies", "activations", "logits")
+        gone = ("update",) if sum(parts[name] for name in passing) >= self.update else passing
+        return {name: size for name, size in parts.items() if name not in gone}
 
 
 def next_token_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The estimate of memory against closed forms and against what torch's profiler sees a real step allocate."""
 
 import json
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 from posttrain import memory
 from posttrain.errors import UserError
 
-SMALL = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+SMALL = {"vocab_size": 512, **ENDS}
 LLAMA = LlamaConfig(
     hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=256, tie_word_embeddings=True, **SMALL,
@@ -22,36 +24,55 @@ GPT2 = GPT2Config(n_embd=128, n_layer=3, n_head=4, n_positions=256, resid_pdrop=
 GPT2_124M = GPT2Config()
 
 
-def profiled_peak(config, micro_batch: int, length: int, bf16: bool, checkpointing: bool, tmp_path) -> int:
-    """Bytes that a real micro-step allocates at its peak beyond weights and gradients, by torch's profiler."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    ids = torch.randint(config.vocab_size, (micro_batch, length))
+def profiled(work, tmp_path) -> int:
+    """Bytes that torch's profiler sees `work()` hold at its peak, beyond what was there before."""
     with torch.profiler.profile(profile_memory=True) as profile:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = memory.next_token_loss(model, ids)
-        loss.backward()
+        kept = work()
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    del kept
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     sizes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    now = peak = 0
-    for _, size in sizes:
-        now += size
-        peak = max(peak, now)
-    return peak
+    return max(accumulate(size for _, size in sizes))
+
+
+def micro_step(model, micro_batch: int, length: int, bf16: bool) -> None:
+    ids = torch.randint(model.config.vocab_size, (micro_batch, length))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = memory.next_token_loss(model, ids)
+    loss.backward()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("config", [LLAMA, QWEN, GPT2], ids=["llama", "qwen3", "gpt2"])
 def test_passing_memory_is_what_a_real_step_allocates(config, bf16, checkpointing, tmp_path):
+    model = AutoModelForCausalLM.from_config(config).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    real = profiled(lambda: micro_step(model, 4, 128, bf16), tmp_path)
     need = memory.estimate(config, 4, 128, bf16=bf16, checkpointing=checkpointing)
-    real = profiled_peak(config, 4, 128, bf16, checkpointing, tmp_path)
     assert need.copies + need.activations + need.logits == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_peak_is_that_of_whole_steps(bf16, tmp_path):
+    """From no model at all to the second of two steps of two micro-batches, AdamW and clipping included."""
+    config = GPT2Config(n_embd=128, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0, vocab_size=8000, **ENDS)
+
+    def train():
+        model = AutoModelForCausalLM.from_config(config).train()
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(2):
+            for _ in range(2):
+                micro_step(model, 2, 256, bf16)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    assert memory.estimate(config, 2, 256, bf16=bf16).peak == pytest.approx(profiled(train, tmp_path), rel=0.05)
 
 
 def test_gpt2_by_closed_form():
@@ -84,14 +105,14 @@ def test_shards_divide_what_is_kept():
 
 
 def test_activations_grow_with_tokens_and_layers_and_shrink_when_computed_again():
-    one, two = (memory.estimate(GPT2_124M, n, 256, bf16=True) for n in (4, 8))
+    one, two = (memory.estimate(GPT2Config(n_layer=4), n, 256, bf16=True) for n in (4, 8))
     assert two.logits == 2 * one.logits
     assert two.activations == pytest.approx(2 * one.activations, rel=0.05)
-    deep = memory.estimate(GPT2Config(n_layer=24), 4, 256, bf16=True)
+    deep = memory.estimate(GPT2Config(n_layer=8), 4, 256, bf16=True)
     assert 1.8 * one.activations < deep.activations < 2.2 * one.activations
-    again = memory.estimate(GPT2_124M, 4, 256, bf16=True, checkpointing=True)
-    assert again.activations < one.activations / 3
-    assert again.weights == one.weights
+    again = memory.estimate(GPT2Config(n_layer=8), 4, 256, bf16=True, checkpointing=True)
+    assert again.activations < deep.activations / 3
+    assert again.weights == deep.weights
 
 
 def test_a_fused_loss_leaves_out_the_logits():
