@@ -6,12 +6,14 @@ Run: pytest tests/test_tokenizer_stage.py
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from recipe_runs import ENV, ROOT, manifest, refused, run
+from recipe_runs import ENV, ROOT, Running, manifest, refused, run
 
 from posttrain.models import load_tokenizer
 from posttrain.report import write_report
@@ -81,6 +83,29 @@ def test_a_seed_decides_everything(tmp_path, train):
         for number, seed in enumerate((0, 0, 1))
     ]
     assert hashes[0] == hashes[1] and hashes[0] != hashes[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_begins_again(tmp_path, number):
+    """There is nothing to resume: all of the training is one call, and the same texts give the same tokenizer."""
+    rng = random.Random(0)
+    file = write(tmp_path / "rows.jsonl", *({"text": words(rng, 200)} for _ in range(600)))
+    flags = ["--dataset_name", file, "--eval_dataset_name", "tiny", "--eval_dataset_config", "texts"]
+    flags += ["--eval_max_rows", "5", "--vocab_size", "3000", "--compare_tokenizers", "[]"]
+    hashes = []
+    for name in ("killed", "whole"):
+        out = tmp_path / name
+        arguments = [str(ROOT / "recipes/tokenizer.py"), *flags, "--output_dir", str(out)]
+        if name == "killed":
+            running, deadline = Running(arguments, tmp_path), time.monotonic() + 100
+            while not (out / "run.json").exists():
+                assert time.monotonic() < deadline, running.err.read_text()
+                time.sleep(0.005)
+            os.killpg(running.pid, number)
+            assert running.finish().returncode == (-9 if number == signal.SIGKILL else 143)
+            assert not (out / "stage.json").exists()
+        hashes.append(finished(run(arguments, tmp_path), out)["tokenizer_sha256"])
+    assert hashes[0] == hashes[1]
 
 
 def test_what_it_says(tmp_path, train):
