@@ -76,7 +76,8 @@ def run(
         from posttrain.forecast_tokenizer import forecast
 
         return forecast(asked, data, found, _say, measure)
-    shape, work = _tell_plan(asked, data, found, device_memory, processes)
+    spread = forecast_trial.spread_of(accelerate_config)
+    shape, work = _tell_plan(asked, data, found, device_memory, spread)
     if measure:
         with tempfile.TemporaryDirectory(prefix="posttrain-forecast-") as folder:
             measured = forecast_trial.measure(asked, Path(folder), accelerate_config)
@@ -107,14 +108,12 @@ def _say(label: str, text: str) -> None:
 # ---- what is known before anything runs -----------------------------------------------------------------------------
 
 
-def _tell_plan(asked, data, found: dict, device_memory: str | None, processes: int):
+def _tell_plan(asked, data, found: dict, device_memory: str | None, spread: str):
     from posttrain import forecast_data, forecast_plan
-    from posttrain.liger import liger_obstacle
-    from posttrain.processes import asked as spread_asked
 
     config = forecast_plan.model_config(asked)
     shape = forecast_plan.shape_of(config)
-    work = forecast_plan.work_of(asked, processes, data.mean)
+    work = forecast_plan.work_of(asked, found["gpus"], data.mean)
     found |= {"model": dataclasses.asdict(shape), "parameters": shape.parameters, "steps": work.steps}
     _say("model", f"{shape.parameters:,} parameters ({shape.kind}, {shape.layers} layers of {shape.hidden})")
     tokens = "" if work.tokens is None else f"{work.tokens:,} tokens: "
@@ -127,10 +126,7 @@ def _tell_plan(asked, data, found: dict, device_memory: str | None, processes: i
     passes = data.passes(planned)
     found["data"] = {"unit": data.unit, "available": data.available, "planned": planned, "passes": passes}
     _say("data", _data_words(data, planned, passes))
-    liger = asked.key("use_liger_kernel")
-    fused = str(liger).lower() == "true" or (str(liger).lower() == "auto" and liger_obstacle() is None)
-    parts = forecast_plan.memory_of(asked, config, work, processes, fused=fused, spread=spread_asked())
-    _tell_memory(parts, found, device_memory)
+    _tell_memory(asked, config, work, found, device_memory, spread)
     return shape, work
 
 
@@ -142,23 +138,37 @@ def _data_words(data, planned: float | None, passes: float | None) -> str:
     return f"{'about ' if data.unit == 'tokens' else ''}{data.available:,.0f} {data.unit}{wanted}{often}"
 
 
-def _tell_memory(parts: dict[str, int], found: dict, device_memory: str | None) -> None:
+def _tell_memory(asked, config, work, found: dict, device_memory: str | None, spread: str) -> None:
     import torch
 
-    from posttrain import memory
+    from posttrain import forecast_plan, memory
+    from posttrain.liger import liger_obstacle
 
-    room = (
-        size(device_memory) if device_memory else memory.device_memory("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    total = sum(parts.values())
-    fits = total <= (1 - memory.MARGIN) * room
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    room = size(device_memory) if device_memory else memory.device_memory(device)
+    liger, again = (str(asked.key(key)).lower() for key in ("use_liger_kernel", "gradient_checkpointing"))
+    fused = liger == "true" or (liger == "auto" and liger_obstacle() is None)
+
+    def count(checkpointing: bool) -> tuple[dict, int, bool]:
+        parts = forecast_plan.memory_of(
+            asked, config, work, found["gpus"], fused=fused, spread=spread, checkpointing=checkpointing
+        )
+        total = sum(parts.values())
+        return parts, total, total <= (1 - memory.MARGIN) * room
+
+    parts, total, fits = count(again == "true")
+    if again == "auto" and not fits:
+        print(f"           {total / 1e9:.1f} GB without gradient checkpointing, which `auto` therefore turns on")
+        parts, total, fits = count(True)
     found |= {"memory": parts, "memory_total": total, "device_memory": room, "fits": fits}
     unit, scale = ("GB", 1e9) if total >= 1e9 else ("MB", 1e6)
     _say("memory", f"of each process, counted, {unit}")
     for name, value in parts.items():
         if value:
             print(f"  {name:16} {value / scale:9.3f}")
-    verdict = "fits" if fits else "does NOT fit: smaller micro-batches, gradient_checkpointing, shards (fsdp2.yaml)"
+    verdict = (
+        "fits" if fits else "does NOT fit: take smaller micro-batches, gradient_checkpointing or shards (fsdp2.yaml)"
+    )
     where = "as given" if device_memory else "free here"
     print(f"  {'in all':16} {total / scale:9.3f} of {room / scale:,.0f} ({where}): {verdict}", flush=True)
 

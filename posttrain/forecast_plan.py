@@ -216,11 +216,13 @@ def _rejection(asked: Asked, processes: int, row_tokens: float | None) -> Work:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def memory_of(asked: Asked, config, work: Work, processes: int, *, fused: bool, spread: str) -> dict[str, int]:
-    """Bytes of a process by part, which add up to its peak. fused: whether Liger's loss runs."""
+def memory_of(
+    asked: Asked, config, work: Work, processes: int, *, fused: bool, spread: str, checkpointing: bool
+) -> dict[str, int]:
+    """Bytes of a process by part, which add up to its peak. fused: whether Liger's loss runs. checkpointing: whether
+    activations are computed again."""
     rows = max(1, math.ceil(work.micro / work.length))
     stored = DTYPES[asked.key("dtype") or "float32"]
-    checkpointing = asked.key("gradient_checkpointing") in (True, "true")
     positions = config.get_text_config().max_position_embeddings
     length = min(work.length, positions)
     fused = fused and asked.stage in ("pretrain", "sft")

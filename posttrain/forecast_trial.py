@@ -54,10 +54,20 @@ def processes_of(accelerate_config: str | None) -> int:
         import torch
 
         return max(1, torch.cuda.device_count())
+    return int(_launch_key(accelerate_config, "num_processes", 1))
+
+
+def spread_of(accelerate_config: str | None) -> str:
+    """How these processes share a model, as `memory.estimate` names it."""
+    kind = "" if accelerate_config is None else str(_launch_key(accelerate_config, "distributed_type", ""))
+    return {"FSDP": "fsdp2", "DEEPSPEED": "zero3"}.get(kind, "ddp")
+
+
+def _launch_key(accelerate_config: str, key: str, default):
     if not Path(accelerate_config).is_file():
         raise UserError(f"--accelerate_config: no file {accelerate_config}; see recipes/accelerate/")
-    entry = yaml_file.read(accelerate_config).get("num_processes")
-    return 1 if entry is None else int(entry.value)
+    entry = yaml_file.read(accelerate_config).get(key)
+    return default if entry is None else entry.value
 
 
 def measure(asked: Asked, folder: Path, accelerate_config: str | None = None) -> Measured:

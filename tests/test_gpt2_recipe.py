@@ -72,6 +72,13 @@ def test_the_forecast_of_hours_and_dollars_by_hand(gpt2_tokenizer, capsys):
     assert found["memory"]["weights"] == 4 * found["parameters"]
     assert found["fits"] and found["memory_total"] < 0.9 * 80e9
     assert "NOT measured" in capsys.readouterr().out
+    shards = forecast.run(
+        str(FILES[1]), overrides, measure=False, accelerate_config=str(FOLDER.parent / "accelerate/fsdp2.yaml")
+    )
+    assert shards["gpus"] == 8 and shards["memory"]["optimizer"] == found["memory"]["optimizer"] / 8
+    small = forecast.run(str(FILES[1]), overrides, measure=False, gpus=8, device_memory="32GB")
+    assert small["fits"] and small["memory"]["activations"] < found["memory"]["activations"] / 3
+    assert "gradient checkpointing, which `auto` therefore turns on" in capsys.readouterr().out
 
 
 def test_what_the_readme_launches_is_there():
