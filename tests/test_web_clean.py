@@ -134,29 +134,54 @@ def test_four_workers_give_the_same_bytes(cleaned, source, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_killed_twice_gives_the_same_bytes(cleaned, source, tmp_path):
-    """SIGKILL to all of its processes, once a task of the first phase is done, and while the last phase runs."""
+def test_a_run_stopped_and_killed_gives_the_same_bytes(cleaned, source, tmp_path):
+    """SIGTERM when a task of the first phase is done, which leaves no process; SIGKILL while the last phase runs."""
     out = tmp_path / "killed"
     arguments = [RECIPE, "--input", source, "--output_dir", out, *SETTINGS]
-    kill(recipe_runs.Running(arguments, tmp_path), out / "datatrove/filter/completions")
+    running = recipe_runs.Running(arguments, tmp_path)
+    wait_for(running, out / "datatrove/filter/completions")
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.finish().returncode == 128 + signal.SIGTERM and gone(running.pid)
     torn = sorted({f"0000{task}" for task in range(FILES)} - {path.name for path in completed(out, "filter")})
     assert torn  # what a killed task leaves half written is not read
     (out / "work" / "filtered").mkdir(exist_ok=True)
     (out / "work" / "filtered" / f"{torn[-1]}.jsonl.zst").write_bytes(b"torn")
-    kill(recipe_runs.Running(arguments, tmp_path), out / "datatrove/dedup/logs")
+    running = recipe_runs.Running(arguments, tmp_path)
+    wait_for(running, out / "datatrove/dedup/logs")
+    os.killpg(running.pid, signal.SIGKILL)
+    assert running.finish().returncode == -signal.SIGKILL
     assert len(completed(out, "filter")) == FILES and not (out / "stage.json").exists()
     done = clean(source, out)
     assert done.returncode == 0, done.stderr
     assert "resuming" in done.stdout and shards(out) == shards(cleaned) and result(out) == result(cleaned)
 
 
-def kill(running: recipe_runs.Running, mark: Path) -> None:
-    """Kill it as soon as there is a file in the folder `mark`."""
-    while not (mark.is_dir() and any(mark.iterdir())):
-        assert Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z", running.finish()
+def status(pid: int) -> list[str]:
+    """State, parent, group, session, ... of a process."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def wait_for(running: recipe_runs.Running, folder: Path) -> None:
+    """Until there is a file in it."""
+    while not (folder.is_dir() and any(folder.iterdir())):
+        assert status(running.pid)[0] != "Z", running.finish()
         time.sleep(0.002)
-    os.killpg(running.pid, signal.SIGKILL)
-    assert running.finish().returncode == -signal.SIGKILL
+
+
+def gone(session: int) -> bool:
+    """Whether all processes of a session end within seconds."""
+    for _ in range(100):
+        numbers = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        found = []
+        for number in numbers:
+            try:
+                found.append(int(status(number)[3]))
+            except FileNotFoundError:
+                continue
+        if session not in found:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def completed(out: Path, phase: str) -> list[Path]:
@@ -207,6 +232,11 @@ FEW = [word for name in (*QUALITY[:3], "dedup", "pii") for word in (f"--{name}",
 )
 def test_refusals(source, tmp_path, flags, words):
     recipe_runs.refused(clean(source / "3.warc.gz", tmp_path / "out", *flags), *words)
+
+
+def test_one_process_starts_the_others(source, tmp_path):
+    command = [sys.executable, RECIPE, "--input", source, "--output_dir", tmp_path / "out"]
+    recipe_runs.refused(recipe_runs.call(command, WORLD_SIZE="2"), "--num_processes 1", "workers")
 
 
 def test_inputs_that_do_not_fit(tmp_path):

@@ -220,6 +220,19 @@ def test_rows_and_what_is_wrong_with_them(tmp_path):
         read(tmp_path, content, "rows.jsonl", Rows, policy="stop")
 
 
+def test_rows_of_parquet_and_packed_jsonl(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"text": RUSSIAN, "url": "http://a.example/", "n": 1}, {"text": "", "url": None, "n": 2}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "made.parquet")
+    packed = pyarrow.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), "zstd", asbytes=True)
+    for name, content in (("rows.parquet", (tmp_path / "made.parquet").read_bytes()), ("rows.jsonl.zst", packed)):
+        documents, refused = read(tmp_path, content, name, Rows)
+        assert [document.text for document in documents] == [RUSSIAN] and refused == {"empty_content": 1}
+        assert documents[0].metadata == {"url": "http://a.example/"} and documents[0].id.startswith(f"{name}/")
+
+
 def test_a_huge_row_is_read_past_in_bounded_memory(tmp_path):
     path = tmp_path / "rows.jsonl"
     with open(path, "wb") as file:

@@ -118,6 +118,36 @@ def test_the_lists_in_the_package_know_a_domain_of_theirs(tmp_path, monkeypatch)
     assert step.filter(Document(text="x", id="", metadata={"url": f"http://www.{name}/"})) == (False, "domain")
 
 
+# ---- markup and repetition -----------------------------------------------------------------------------------------
+
+
+def test_broken_markup_gives_text_or_nothing():
+    """In the process that extraction runs in, one after the other: none of them ends it."""
+    text = web_pages.english(3, 9)
+    paragraphs, first = text.replace("\n", "<p>"), text.split("\n")[0]
+    pages = {
+        "unclosed": f"<html><body><div><p>{paragraphs}<b><i>", "no html": f"<p>{paragraphs}",
+        "wild": f"<html><body><article><p>{paragraphs}</p></div></article></span><p <a href=></p><!-- <p>x</body>",
+        "xml": f"<?xml version='1.0' encoding='latin-1'?><html><body><p>{paragraphs}</p></body></html>",
+        "deep": "<div>" * 20_000 + f"<p>{paragraphs}", "script": f"<script>'<p>{paragraphs}'</script>", "empty": "",
+    }  # fmt: skip
+    step = MainText(**FINEWEB["extraction"] | {"deduplicate": False})
+    documents = [Document(text=page, id=name) for name, page in pages.items()]
+    found = {document.id: document.text for document in step.run(iter(documents))}
+    assert set(found) == {"unclosed", "no html", "wild", "xml"} and all(first in each for each in found.values())
+    assert (
+        step.stats["total"].total == 7
+        and step.stats["dropped"].total == 3
+        and "broken_process" not in step.stats.stats
+    )
+
+
+def test_a_row_of_one_repeated_token_goes_by_the_first_rule():
+    rules = web.quality_steps(StepsConfig())
+    found = web_labels.verdicts(rules, ["a " * 20_000, "spam\n" * 20_000, web_pages.english(1, 20)])
+    assert found == ["gopher_repetition: top_2_gram", "gopher_repetition: dup_line_frac", None]
+
+
 # ---- planted personal data ------------------------------------------------------------------------------------------
 
 MASKED = [
@@ -192,6 +222,20 @@ def test_agreement_with_labels_by_hand():
         0.6, 0.8, 0.666667, 0.25,
     ]  # fmt: skip
     assert web_labels.agreement([1, 0], [False, False])["precision"] is None
+
+
+def test_a_gain_is_shown_where_good_documents_are_kept_clearly_more_often(tmp_path):
+    good, bad = [web_pages.english(seed, 20) for seed in range(12)], ["buy now " * 100] * 12
+    path, facts = tmp_path / "labels.jsonl", {"kept": 3, "read": 4}
+    for flipped, passed in ((0, True), (12, False)):  # flipped: the good ones are those that the rules drop
+        labels = [int(number < 12) ^ bool(flipped) for number in range(24)]
+        lines = [json.dumps({"text": text, "label": label}) for text, label in zip(good + bad, labels, strict=True)]
+        path.write_text("\n".join(lines) + "\n")
+        metrics, gains = web_labels.measure(WebConfig("x", eval_labels=str(path)), StepsConfig(), facts)
+        assert gains[0]["before"]["value"] == 0.5 and gains[0]["passed"] is passed
+        assert gains[0]["after"]["value"] == metrics["labelled good, kept"]["value"] == float(passed)
+    metrics, gains = web_labels.measure(WebConfig("x"), StepsConfig(), facts)
+    assert gains == [] and metrics["pages kept"] == {"value": 0.75, "low": None, "high": None, "n": 4, "unit": "%"}
 
 
 def test_labels_that_are_none(tmp_path):

@@ -68,6 +68,8 @@ def kind_of(file: Path) -> str | None:
 def check(config: WebConfig) -> tuple[str, list[Path]]:
     """What a dry run can know: packages, input files, labels. Returns `find`'s answer."""
     require_installed(config.executor)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("clean starts its own processes: launch one (--num_processes 1) and set workers")
     if config.eval_labels is not None:
         read_labels(config.eval_labels)
     return find(config.input)

@@ -23,6 +23,7 @@ from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, Slurm
 from datatrove.pipeline.base import PipelineStep
 
 from posttrain.data.web_config import WebConfig
+from posttrain.data.web_steps import die_with_parent
 from posttrain.errors import UserError
 from posttrain.lookup import nearest
 from posttrain.progress import Progress
@@ -57,6 +58,8 @@ class Locked(PipelineStep):
         self.path = path
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
+        if multiprocess.parent_process() is not None:
+            die_with_parent()
         hold(self.path, shared=True)
         return data
 

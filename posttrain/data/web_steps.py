@@ -4,7 +4,10 @@ In: the settings of a step (`web_config.FINEWEB`). Out: datatrove steps. Made by
 where each task has a copy of its own.
 """
 
+import ctypes
 import json
+import signal
+import sys
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -18,6 +21,7 @@ from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.pipeline.writers import JsonlWriter
 
 SHOWN = 600  # characters of a sample
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Samples:
@@ -66,6 +70,17 @@ class MainText(Trafilatura):
         import trafilatura  # noqa: F401  before the process is forked: its import counts into the time limit
 
         return super().run(data, rank, world_size)
+
+    def extract(self, text: str) -> str | None:
+        die_with_parent()
+        return super().extract(text)
+
+
+def die_with_parent() -> None:
+    """On Linux, the kernel kills this process as soon as the one that started it ends: a worker that is killed would
+    leave its extracting process behind, and a run that is killed its workers."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class LanguageFilter(BaseFilter):
