@@ -79,6 +79,7 @@ def run(
     spread = forecast_trial.spread_of(accelerate_config)
     shape, work = _tell_plan(asked, data, found, device_memory, spread)
     if measure:
+        _require_room(found)
         with tempfile.TemporaryDirectory(prefix="posttrain-forecast-") as folder:
             measured = forecast_trial.measure(asked, Path(folder), accelerate_config)
         _tell_measured(asked, shape, work, data, measured, found)
@@ -99,6 +100,20 @@ def _check(gpus, price, measure: bool, device, mfu) -> None:
         raise UserError(f"--mfu: found {mfu}, expected a share of the peak such as 0.4")
     if (device is None) != (mfu is None):
         raise UserError("--device, --mfu: one needs the other: --device H100 --mfu 0.4")
+
+
+def _require_room(found: dict) -> None:
+    """A trial that cannot fit would take the machine's other work with it."""
+    import torch
+
+    from posttrain import memory
+
+    room = memory.device_memory("cuda" if torch.cuda.is_available() else "cpu")
+    if found["memory_total"] > room:
+        raise UserError(
+            f"not measured: {found['memory_total'] / 1e9:.1f} GB are needed, {room / 1e9:.1f} are free here; take "
+            "smaller micro-batches, or forecast from arithmetic alone: --no-measure --device NAME --mfu SHARE"
+        )
 
 
 def _say(label: str, text: str) -> None:

@@ -143,6 +143,8 @@ def test_what_is_refused(small_chain, warm, tmp_path):
     ):
         with pytest.raises(UserError, match="(?i)" + words):
             forecast.run(config, flags, **wrong)
+    with pytest.raises(UserError, match="not measured: .* GB are needed"):
+        forecast.run(config, [*flags, "--batch_size", "1048576", "--micro_batch_size", "1048576"])
     with pytest.raises(UserError, match="no such file"):
         forecast.run("none.yaml")
     with pytest.raises(UserError, match="learning_rat"):
