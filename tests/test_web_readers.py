@@ -38,16 +38,20 @@ JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れた�
 FRENCH = "Voix ambiguë d'un cœur qui, au zéphyr, préfère les jattes de kiwis. Où l'élève a-t-il caché ça\xa0?"
 
 
+ENCODED = [
+    (RUSSIAN, "utf-8"), (RUSSIAN, "windows-1251"), (RUSSIAN, "koi8-r"), (JAPANESE, "shift_jis"),
+    (JAPANESE, "euc-jp"), (JAPANESE, "iso-2022-jp"), (FRENCH, "windows-1252"), (FRENCH.replace("œ", "oe"), "latin-1"),
+    (FRENCH, "utf-16"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("text", "encoding"),
-    [(RUSSIAN, "utf-8"), (RUSSIAN, "windows-1251"), (RUSSIAN, "koi8-r"), (JAPANESE, "shift_jis"), (JAPANESE, "euc-jp"),
-     (JAPANESE, "iso-2022-jp"), (FRENCH, "windows-1252"), (FRENCH.replace("œ", "oe"), "latin-1"), (FRENCH, "utf-16")],
-)  # fmt: skip
-@pytest.mark.parametrize("declared", ["header", "meta", "wrong"])
+    ("text", "encoding", "declared"),
+    [(*each, declared) for each in ENCODED for declared in ("header", "meta")]
+    + [(*each, "wrong") for each in ENCODED if each[1] in ("utf-8", "utf-16")],
+)
 def test_declared_encodings(tmp_path, text, encoding, declared):
     """`wrong`: the header says another one, which only UTF-8 and a byte order mark can overrule."""
-    if declared == "wrong" and encoding not in ("utf-8", "utf-16"):
-        pytest.skip("nothing can tell")
     kind = {"header": f"text/html; charset={encoding}", "wrong": "text/html; charset=koi8-r"}.get(
         declared, "text/html"
     )
@@ -155,8 +159,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, file=sys.stde
 
 @pytest.mark.parametrize("kind", ["body", "body in chunks", "record", "header", "after the record"])
 def test_bombs_are_refused_in_bounded_memory(tmp_path, kind):
-    """300 MB of zeros, packed to 0.3 MB, in each place where a reader could unpack them."""
-    size, page = 300_000_000, web_pages.html("Some text of a page.").encode()
+    """150 MB of zeros, packed to 0.15 MB, in each place where a reader could unpack them."""
+    size, page = 150_000_000, web_pages.html("Some text of a page.").encode()
     packed = web_pages.bomb(size)
     gz, chunks = ("Content-Encoding", "gzip"), ("Transfer-Encoding", "chunked")
     if kind == "body":
@@ -179,7 +183,7 @@ def test_bombs_are_refused_in_bounded_memory(tmp_path, kind):
     assert done.returncode == 0, done.stderr
     documents, too_long, damaged = map(int, done.stdout.split())
     assert too_long + damaged == 1 and documents >= 1, done.stdout
-    assert int(done.stderr.split()[-1]) < 80_000, done.stderr  # kB; 300,000 would be all of it
+    assert int(done.stderr.split()[-1]) < 60_000, done.stderr  # kB; 150,000 would be all of it
 
 
 def join_gzip(front: bytes, zeros: int) -> bytes:

@@ -62,6 +62,15 @@ def test_settings_that_a_step_does_not_have(given, words):
         StepsConfig(**given)
 
 
+def test_the_recipes_config_is_fineweb():
+    """Its comments show other settings; none is set."""
+    from posttrain.args import parse, resolved
+    from posttrain.stage import StageConfig
+
+    _, config, steps = parse((StageConfig, WebConfig, StepsConfig), ["--config", str(ROOT / "recipes/web/clean.yaml")])
+    assert resolved(steps) == resolved(StepsConfig()) and config.workers == 8
+
+
 # ---- language and address -------------------------------------------------------------------------------------------
 
 TEXTS = {
