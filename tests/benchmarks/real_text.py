@@ -44,7 +44,7 @@ TOKENIZER = {"vocab_size": 4096, "split": "gpt4"}
 PRETRAIN = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
     "sequence_length": 256, "max_position_embeddings": 256, "batch_size": 16, "micro_batch_size": 16,
-    "learning_rate": 3e-3, "lr_scheduler_type": "wsd", "warmup_steps": 50, "bf16": "true",
+    "optim": "muon", "learning_rate": 3e-3, "lr_scheduler_type": "wsd", "warmup_steps": 50, "bf16": "true",
 }  # fmt: skip
 TRIAL = 12  # steps that are timed; of the first third nothing is taken
 WINDOW = 32_768  # bytes that deflate looks back
@@ -182,7 +182,7 @@ def trained(folder: Path, train: list[str], held: list[str], options) -> dict:
             "training tokens": model["data"][0]["tokens"], "training seconds": lines[-1]["time"],
             "loss": lines[-1]["loss"], "wall_time_s": model["wall_time_s"], "samples": model["samples"],
             "bits per byte": model["metrics"]["bits per byte"], "byte trigram": model["metrics"]["trigram"],
-            "config": {key: model["config"][key] for key in (*PRETRAIN, "max_steps", "optim")},
+            "config": {key: model["config"][key] for key in (*PRETRAIN, "max_steps")},
         },
     }  # fmt: skip
 
