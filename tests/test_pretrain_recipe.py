@@ -1,5 +1,5 @@
-"""The pretraining recipe as users run it: what it logs and keeps, other shapes, going on from a checkpoint, streams, two
-processes.
+"""The pretraining recipe as users run it: what it logs and keeps, other shapes, going on from a checkpoint, streams,
+two processes.
 
 Run: pytest tests/test_pretrain_recipe.py
 """

@@ -104,31 +104,39 @@ sys.exit(process.wait())
     assert json.loads(saved.read_text())["step"] == log(out)[-1]["step"]
 
 
-@pytest.fixture(scope="module")
-def killed(small_chain, tmp_path_factory):
-    """A reward stage that was killed; copied by each test that spoils it."""
+@pytest.fixture(scope="module", params=["reward", "pretrain"])
+def killed(request, small_chain, tmp_path_factory):
+    """A stage that was killed; copied by each test that spoils it."""
     folder = tmp_path_factory.mktemp("killed")
-    interrupt("reward", small_chain, folder, KILL)
-    return folder / "reward"
+    interrupt(request.param, small_chain, folder, KILL)
+    return folder / request.param
 
 
 @pytest.fixture
 def half(killed, tmp_path):
-    return shutil.copytree(killed, tmp_path / "reward")
+    return shutil.copytree(killed, tmp_path / killed.name)
 
 
 def go_on(chain, out, tmp_path, **changes):
-    return run(long("reward", chain, out, save_steps=6, **changes), tmp_path)
+    every = LONG[out.name]["max_steps"] // 6
+    return run(long(out.name, chain, out, save_steps=every, **changes), tmp_path)
 
 
 def test_another_config_is_refused_with_a_diff(small_chain, half, tmp_path):
     done = go_on(small_chain, half, tmp_path, learning_rate=0.5)
-    refused(done, "learning_rate: 0.001 -> 0.5", "--overwrite true", str(half))
+    refused(done, "learning_rate: 0.00", "-> 0.5", "--overwrite true", str(half))
     assert go_on(small_chain, half, tmp_path, learning_rate=0.5, overwrite="true").returncode == 0
 
 
 def test_another_parent_is_refused(small_chain, half, tmp_path):
-    refused(go_on(small_chain, half, tmp_path, model_name_or_path=small_chain / "grpo"), "parent policy:")
+    if half.name == "reward":
+        refused(go_on(small_chain, half, tmp_path, model_name_or_path=small_chain / "grpo"), "parent policy:")
+    else:
+        refused(go_on(small_chain, half, tmp_path, tokenizer_path=small_chain / "sft"), "parent tokenizer:")
+
+
+def test_other_data_is_refused(small_chain, half, tmp_path):
+    refused(go_on(small_chain, half, tmp_path, dataset_seed=5), "data:", "dataset_seed: None -> 5")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state.pt"])
@@ -153,7 +161,7 @@ def test_a_torn_checkpoint_with_a_higher_number_is_never_taken(small_chain, half
     (half / "checkpoints" / ".tmp-1").mkdir()
     done = go_on(small_chain, half, tmp_path)
     assert done.returncode == 0 and "at step 99" not in done.stdout, done.stderr
-    assert result(half) == uninterrupted("reward")
+    assert result(half) == uninterrupted(half.name)
 
 
 @pytest.mark.parametrize("stage", TRAINED)
