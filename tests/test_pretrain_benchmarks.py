@@ -13,7 +13,10 @@ import torch
 from recipe_runs import ROOT, call
 
 SCRIPT = ROOT / "tests" / "benchmarks" / "pretrain_speed.py"
-SIZE = ["--sizes", "smallest", "--dtypes", "fp32", "--kinds", "ours", "plain", "--rounds", 2, "--tokens", 1_000_000]
+SIZE = [
+    "--cases", "smallest-fp32", "--size", "smallest", "--kinds", "ours", "plain", "--rounds", 2,
+    "--tokens", 1_000_000,
+]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -43,6 +46,26 @@ def test_it_runs_and_its_figures_follow_from_what_it_counts(tmp_path):
     assert found["loader"]["H200 step"] == pytest.approx(flops / (790e12 * 0.4), rel=1e-3)
     assert found["loader"]["chunks"] == 1_000_000 // 1024 and 0 < found["loader"]["memory"] < 5
     assert "| smallest | fp32 | ours / plain |" in text and found["command"] in text and "| disk |" in text
+
+
+@pytest.mark.slow
+def test_mfu_is_what_the_tokens_need_over_what_the_device_can(monkeypatch):
+    """On a CPU whose rate is given; the real models and rate need a GPU."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    from pretrain_speed_gpu import mfu_part
+    from pretrain_speed_tables import mfu
+
+    from posttrain.shapes import ShapeConfig
+
+    shape = ShapeConfig(32, 128, 1, 1, 16, model_type="gpt2", vocab_multiple=512)
+    found = mfu_part({"a small one": shape}, {"plain": {"kind": "plain"}}, (16,), 16, rate=1e9)
+    [run] = found["runs"]
+    # 12 d^2 in the layer, its biases and norms (13 d), the last norm (2 d), the tied head (512 d); 6 L d s: attention
+    needed = 6 * (12 * 32**2 + 13 * 32 + 2 * 32 + 512 * 32) + 6 * 32 * 16
+    assert run["FLOPs a token"] == needed
+    assert run["MFU of measured"] == pytest.approx(needed * run["tokens per second"] / 1e9)
+    assert run["low"] <= run["tokens per second"] <= run["high"] and run["MFU of listed"] is None
+    assert f"| a small one | 0 | plain | 16 | {run['tokens per second']:,.0f} [" in "\n".join(mfu(found, "wall"))
 
 
 @pytest.fixture

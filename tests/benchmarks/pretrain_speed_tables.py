@@ -2,6 +2,8 @@
 
 from rl_tables import other_clock, spread
 
+MFU_SHARES = ("MFU of measured", "MFU of listed", "data share")
+
 
 def markdown(result: dict) -> str:
     facts, clock = result["machine"], result["settings"]["clock"]
@@ -54,7 +56,12 @@ def loader(found: dict, clock: str) -> list[str]:
     )
     lines += ["", "| read from | ms a step | share of that step |", "|---|---|---|"]
     lines += [f"| {name} | {found[name] * 1000:.1f} | {found[name] / step:.2%} |" for name in ("disk", "memory")]
-    return [*lines, "", f"The order of an epoch is shuffled once, in {found['shuffle'] * 1000:.0f} ms."]
+    return [
+        *lines,
+        "",
+        f"The order of an epoch is shuffled once, in {found['shuffle'] * 1000:.0f} ms. From the disk: that of this "
+        "machine, what the system had read of it forgotten before each step.",
+    ]
 
 
 def processes(found: dict, clock: str) -> list[str]:
@@ -72,4 +79,21 @@ def processes(found: dict, clock: str) -> list[str]:
 
 
 def mfu(found: dict, clock: str) -> list[str]:
-    return ["## MFU", "", str(found)]
+    listed = f"{found['listed peak'] / 1e12:.0f}" if found["listed peak"] else "not listed"
+    lines = ["## MFU", ""]
+    lines.append(
+        f"bf16, compiled, chunks of {found['length']} tokens, {found['batch']} a step. Matrix products run at "
+        f"{found['matmul rate'] / 1e12:.0f} TFLOP/s here (measured); the maker's figure is {listed}. Goals: >= 50 % "
+        "MFU at >= 0.5B, >= 40 % at 124M."
+    )
+    lines += ["", "| model | parameters, M | trainer | micro-batch | tokens/s [lowest, highest] | MFU of measured | "
+              "of the maker's | data | peak memory, GiB |", "|---" * 9 + "|"]  # fmt: skip
+    for run in found["runs"]:
+        begin = f"| {run['model']} | {run['parameters'] / 1e6:.0f} | {run['trainer']} | {run['micro batch']} | "
+        if "failed" in run:
+            lines.append(f"{begin}{run['failed']} | | | | |")
+            continue
+        speed = f"{run['tokens per second']:,.0f} [{run['low']:,.0f}, {run['high']:,.0f}]"
+        shares = " | ".join("" if run[key] is None else f"{run[key]:.1%}" for key in MFU_SHARES)
+        lines.append(f"{begin}{speed} | {shares} | {run['peak memory'] / 1024:.1f} |")
+    return lines

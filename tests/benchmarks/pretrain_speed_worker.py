@@ -19,8 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 TWO = ROOT / "recipes" / "accelerate" / "two_cpu_processes.yaml"
 DEFAULTS = {
-    "model": "gpt2", "compile": False, "fused": False, "bf16": False, "processes": 1, "threads": None,
-    "learning_rate": 1e-3, "lr_warmup": 5, "weight_decay": 0.1, "warmup": 3, "logging_steps": 10,
+    "model": "gpt2", "compile": False, "fused": False, "bf16": False, "liger": "auto", "processes": 1,
+    "threads": None, "learning_rate": 1e-3, "lr_warmup": 5, "weight_decay": 0.1, "warmup": 3, "logging_steps": 10,
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def ours(settings: dict, work: Path, turns: Turns):
     config = PretrainConfig(
         tokenizer_path=str(work / settings["model"]), max_steps=sum(settings["turns"]),
         sequence_length=settings["length"], batch_size=settings["batch"], micro_batch_size=settings["micro_batch"],
-        compile=settings["compile"],
+        compile=settings["compile"], use_liger_kernel=settings["liger"],
     )  # fmt: skip
     optim = PretrainOptim(
         learning_rate=settings["learning_rate"], lr_scheduler_type="cosine", warmup_steps=settings["lr_warmup"],
