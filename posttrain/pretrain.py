@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from posttrain import liger, memory, processes, sharding
@@ -122,31 +123,34 @@ def make_loss(stage, model, end: int, config: PretrainConfig, bf16: bool, optim:
     compiled. UserError where the model cannot keep documents apart, or Liger is asked for and cannot run."""
     require_positions(model, "sequence_length", config.sequence_length)
     by_liger = liger.takes_liger(config.use_liger_kernel, stage)
-    if by_liger:
-        liger.patch(model, config.liger_kernel_config)
+    if recomputes(stage, model, config, bf16, optim, by_liger):  # before Liger, which memory's trace cannot run
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if not config.cross_document_attention:
         common_layout([model], config.sequence_length, ("packed",))  # proves it on the model itself
-    if recomputes(stage, model, config, bf16, optim):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if by_liger:
+        liger.patch(model, config.liger_kernel_config)
     loss = ChunkLoss(model, None if config.cross_document_attention else end, by_liger)
     if config.compile:
         loss.compile()
     return loss
 
 
-def recomputes(stage, model, config: PretrainConfig, bf16: bool, optim: str) -> bool:
+def recomputes(stage, model, config: PretrainConfig, bf16: bool, optim: str, by_liger: bool) -> bool:
     """Whether activations are computed again in the backward: as asked, or where memory would not hold them."""
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing == "true"
-    room = memory.device_memory(model.device)
+    own = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    room = memory.device_memory(model.device) + own  # the weights, which are needed, are there already
     enough, need = memory.fits(
         model.config, min(config.micro_batch_size, config.batch_size), config.sequence_length, device_bytes=room,
         bf16=bf16, optim=optim, world=int(os.environ.get("WORLD_SIZE", "1")), spread=processes.asked(),
+        fused_loss=by_liger,
     )  # fmt: skip
     if not enough:
         needed = need.peak / 2**30
         stage.note(f"gradient checkpointing: {needed:.1f} GiB are needed without it, {room / 2**30:.1f} are free")
-    return not enough
+    # All processes alike: shards are fetched again in the backward, by all or by none.
+    return bool(reduce(torch.tensor(float(not enough), device=model.device)) > 0)
 
 
 class Meter:

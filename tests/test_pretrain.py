@@ -156,15 +156,19 @@ def test_a_compiled_run_is_the_same_run(tokenizer, tmp_path):
 LIGER = """
 import copy, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from posttrain import liger
 from posttrain.pretrain import ChunkLoss
 torch.manual_seed(0)
 plain = LlamaForCausalLM(LlamaConfig(vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
                                      num_attention_heads=2, max_position_embeddings=32, tie_word_embeddings=True))
 fused = copy.deepcopy(plain)
-liger.patch(fused, {"rms_norm": False, "swiglu": False})  # this Triton cannot interpret them
+from posttrain.pretrain import PretrainConfig, make_loss
+from types import SimpleNamespace
+settings = PretrainConfig("unused", max_steps=1, sequence_length=12, batch_size=2, use_liger_kernel=True,
+                          liger_kernel_config={"rms_norm": False, "swiglu": False})  # Triton cannot interpret them
+loss = make_loss(SimpleNamespace(note=print), fused, 0, settings, False)  # counts memory before Liger is in place
+assert loss.by_liger
 chunks = torch.randint(80, (2, 12))
-losses = [ChunkLoss(plain)(chunks), ChunkLoss(fused, by_liger=True)(chunks)]
+losses = [ChunkLoss(plain)(chunks), loss(chunks)]
 for loss in losses:
     loss.backward()
 torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-4)
