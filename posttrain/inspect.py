@@ -21,7 +21,8 @@ from posttrain.conditions import known
 from posttrain.conversations import Conversation
 from posttrain.data import DataConfig, load_rows, stream_rows
 from posttrain.errors import UserError
-from posttrain.models import ModelConfig, ShapeConfig, load_pair, load_tokenizer, make_llama
+from posttrain.models import ModelConfig, load_pair, load_tokenizer
+from posttrain.shapes import ShapeConfig, make_model
 from posttrain.stage import StageConfig
 from posttrain.xray import Subject
 
@@ -226,7 +227,7 @@ def load_model(base: ModelConfig):
     if has_weights(base):
         return load_pair(base)
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision)
-    return make_llama(ShapeConfig(32, 64, 1, 2, 1 << 20), tokenizer), tokenizer
+    return make_model(ShapeConfig(32, 64, 1, 2, 1 << 20), tokenizer), tokenizer
 
 
 def subject(configs: dict, tokenizer, talks: list[Conversation], masks, marked: str, checks, names=None, **more):

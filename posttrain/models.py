@@ -26,17 +26,6 @@ class ModelConfig:
         one_of(self, dtype=DTYPES)
 
 
-@dataclass
-class ShapeConfig:
-    """Shape: a Llama made from scratch"""
-
-    hidden_size: int = arg(128, help="width")
-    intermediate_size: int = arg(384, help="width of the gated MLP")
-    num_hidden_layers: int = arg(4, help="layers")
-    num_attention_heads: int = arg(4, help="attention heads")
-    max_position_embeddings: int = arg(512, help="longest sequence, in tokens")
-
-
 def load_tokenizer(name: str, revision: str | None = None):
     """A fast tokenizer. UserError where there is none under that name."""
     from transformers import AutoTokenizer
@@ -99,30 +88,6 @@ def _load(auto_class, name: str, what: str, revision: str | None, **kwargs):
             f"{what} {name!r} could not be loaded: {first} (expected the folder of a finished stage, "
             "a Hugging Face checkpoint folder with safetensors, or a name on the Hub that can be reached)"
         ) from error
-
-
-def make_llama(shape: ShapeConfig, tokenizer):
-    """A Llama with random weights for `tokenizer`, embeddings tied. UserError where the shape does not fit."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    if shape.hidden_size % (2 * shape.num_attention_heads):
-        raise UserError(
-            f"hidden_size: found {shape.hidden_size}, expected a multiple of 2 x num_attention_heads "
-            f"({shape.num_attention_heads})"
-        )
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        num_attention_heads=shape.num_attention_heads,
-        max_position_embeddings=shape.max_position_embeddings,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return AutoModelForCausalLM.from_config(config)
 
 
 def require_positions(model, key: str, length: int) -> None:

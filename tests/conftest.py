@@ -29,11 +29,11 @@ def new_llama(tokenizer):
     """Two layers, 32 wide, 1024 positions, random weights of a fixed seed."""
     import torch
 
-    from posttrain.models import ShapeConfig, make_llama
+    from posttrain.shapes import ShapeConfig, make_model
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return make_llama(ShapeConfig(32, 64, 2, 2, 1024), tokenizer).eval()
+        return make_model(ShapeConfig(32, 64, 2, 2, 1024), tokenizer).eval()
 
 
 @pytest.fixture(scope="session")

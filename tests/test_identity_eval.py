@@ -222,12 +222,12 @@ def test_a_model_learns_who_it_is_in_wordings_it_never_saw(tokenizer, path):
     """A Llama of 0.3 M random parameters, 300 steps on one-question rows: from nothing right to most."""
     import torch
 
-    from posttrain.models import ShapeConfig, make_llama
+    from posttrain.shapes import ShapeConfig, make_model
 
     path.write_text("name: Pip\nmaker: Elm\ncutoff: June 2026\nlanguages: [English]\nnot: [Siri]\n")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = make_llama(ShapeConfig(96, 192, 2, 2, 256), tokenizer)
+        model = make_model(ShapeConfig(96, 192, 2, 2, 256), tokenizer)
     engine, stops = HFEngine(model, tokenizer.pad_token_id), stop_ids(tokenizer)
     before, _ = measure_identity(engine, tokenizer, str(path), stops, num=2, max_tokens=32)
     mapping = {"name": "Pip", "maker": "Elm", "cutoff": "June 2026", "languages": ["English"], "not": ["Siri"]}

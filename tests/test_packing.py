@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posttrain.models import ShapeConfig, make_llama
 from posttrain.packing import best_fit, by_tokens, pack
+from posttrain.shapes import ShapeConfig, make_model
 
 LENGTHS = [5, 1, 17, 30, 2, 9, 12, 3]
 
@@ -31,7 +31,7 @@ def logits_of(model, packed):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_logits_are_those_of_each_sequence_alone(tokenizer, attention):
     torch.manual_seed(0)
-    model = make_llama(ShapeConfig(32, 64, 2, 2, 128), tokenizer).eval()
+    model = make_model(ShapeConfig(32, 64, 2, 2, 128), tokenizer).eval()
     model.set_attn_implementation(attention)
     for parameter in model.parameters():
         parameter.data.mul_(3)  # attention of a fresh model is flat, and would hide a leak

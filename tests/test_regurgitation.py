@@ -12,7 +12,7 @@ from conftest import new_llama
 
 from posttrain.cli import command
 from posttrain.errors import UserError
-from posttrain.models import ShapeConfig, make_llama, save_pair
+from posttrain.models import save_pair
 from posttrain.regurgitation import (
     HELD_OUT,
     SLOPE,
@@ -26,6 +26,7 @@ from posttrain.regurgitation import (
     slope,
 )
 from posttrain.rl.hf_engine import HFEngine
+from posttrain.shapes import ShapeConfig, make_model
 
 PREFIX = LENGTH = 8
 TIMES = (1, 5, 40, 120)  # one count in each class
@@ -51,7 +52,7 @@ def trained(base_tokenizer, planted):
     """A small Llama after a few hundred steps on the planted texts, each after an end-of-text token."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = make_llama(ShapeConfig(64, 128, 2, 4, 64), base_tokenizer)
+        model = make_model(ShapeConfig(64, 128, 2, 4, 64), base_tokenizer)
         size = PREFIX + LENGTH
         ids = torch.tensor([[base_tokenizer.eos_token_id, *base_tokenizer(t).input_ids[:size]] for t in planted[0]])
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)

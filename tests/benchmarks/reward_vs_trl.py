@@ -29,11 +29,12 @@ from posttrain.chat import set_template
 from posttrain.data import DataConfig, load_rows, origin
 from posttrain.layouts import find_layout
 from posttrain.lora import LoraArgs
-from posttrain.models import ModelConfig, ShapeConfig, load_pair, load_scalar_model, make_llama, save_pair
+from posttrain.models import ModelConfig, load_pair, load_scalar_model, save_pair
 from posttrain.ranking_forward import score_rankings
 from posttrain.ranking_metrics import measure_rankings
 from posttrain.ranking_rows import Ranking, encode_rankings
 from posttrain.reward_model import RewardConfig, prepare, train
+from posttrain.shapes import ShapeConfig, make_model
 from posttrain.tokenizer import train_tokenizer
 from posttrain.training import OptimConfig
 
@@ -97,7 +98,7 @@ def start_model(options):
         else:
             tokenizer = train_tokenizer(["abc"], vocab_size=261)
             width = options.hidden_size
-            chat = make_llama(ShapeConfig(width, 3 * width, options.layers, 4, options.max_length), tokenizer)
+            chat = make_model(ShapeConfig(width, 3 * width, options.layers, 4, options.max_length), tokenizer)
         if tokenizer.chat_template is None:
             set_template(tokenizer, chat, options.template or str(ROOT / "chat_templates/chatml.jinja"))
         save_pair(chat, tokenizer, folder)

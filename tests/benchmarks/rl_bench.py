@@ -25,9 +25,10 @@ from rl_tables import CLOCKS, rate, summary
 from posttrain.chat import set_template
 from posttrain.data import DataConfig, load_rows
 from posttrain.evals import prompt_ids
-from posttrain.models import ModelConfig, ShapeConfig, load_tokenizer, make_llama, save_pair
+from posttrain.models import ModelConfig, load_tokenizer, save_pair
 from posttrain.order import taken_indices
 from posttrain.rl.rollout import vllm_obstacle
+from posttrain.shapes import ShapeConfig, make_model
 from posttrain.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -234,7 +235,7 @@ def prepare(options, work: Path) -> None:
         torch.manual_seed(0)
         tokenizer = train_tokenizer(["abc"], vocab_size=261)
         shape = ShapeConfig(options.hidden_size, 3 * options.hidden_size, options.layers, options.hidden_size // 32)
-        model = make_llama(shape, tokenizer)
+        model = make_model(shape, tokenizer)
         set_template(tokenizer, model, str(ROOT / "chat_templates/chatml.jinja"))
         save_pair(model, tokenizer, work / "model")
 
