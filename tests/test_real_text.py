@@ -149,7 +149,7 @@ def test_the_smallest_run(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "found.json").read_text()) == found
     table = (tmp_path / "found.md").read_text()
     assert all(f"| {name} | {figure['value']:.3f} |" in table for name, figure in found["bits per byte"].items())
-    assert found["model"]["steps"] == 2 and found["model"]["tokens"] == 2 * 16 * 256
+    assert found["model"]["steps"] == 2 and found["model"]["tokens"] == 2 * 8 * 256
     texts = [json.loads(line)["text"] for line in (tmp_path / "work/test.jsonl").read_text().splitlines()]
     train = {json.loads(line)["text"] for line in (tmp_path / "work/train.jsonl").read_text().splitlines()}
     assert texts and not train & set(texts) and len(train) == 200 - 2 * (10 + 2 * 5)

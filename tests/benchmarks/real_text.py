@@ -43,7 +43,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--cpu"
 TOKENIZER = {"vocab_size": 4096, "split": "gpt4"}
 PRETRAIN = {
     "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "sequence_length": 256, "max_position_embeddings": 256, "batch_size": 16, "micro_batch_size": 16,
+    "sequence_length": 256, "max_position_embeddings": 256, "batch_size": 8, "micro_batch_size": 8,
     "optim": "muon", "learning_rate": 3e-3, "lr_scheduler_type": "wsd", "warmup_steps": 50, "bf16": "true",
 }  # fmt: skip
 TRIAL = 12  # steps that are timed; of the first third nothing is taken
