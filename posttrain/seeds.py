@@ -45,7 +45,10 @@ def run(
             return code
     if options.get("dry_run"):
         return 0
-    gains = aggregate({seed: out / f"seed-{seed}" for seed in seeds}, names)
+    runs = {seed: out / f"seed-{seed}" for seed in seeds}
+    if options.get("only"):  # the others may not have been run yet
+        names = [name for name in names if all(stage.read_manifest(run / name) for run in runs.values())]
+    gains = aggregate(runs, names)
     checkpoint.write_json(
         out / "gains.json", {"name": Path(folder).resolve().name, "seeds": list(seeds), "gains": gains}
     )

@@ -46,6 +46,11 @@ class ShapeConfig:
     def __post_init__(self):
         one_of(self, model_type=TYPES)
         at_least(self, depth=1, vocab_multiple=1, num_key_value_heads=1, head_dim=1, max_position_embeddings=2)
+        if self.depth is not None and self.num_hidden_layers not in (None, self.depth):
+            raise UserError(
+                f"depth: found {self.depth}, but num_hidden_layers is {self.num_hidden_layers}: leave one of them out "
+                "(with depth also the other sizes, batch_size, max_steps and learning_rate that it is to give)"
+            )
         derived = SIZES if self.depth is None else sizes(self.depth, self.model_type)
         for key, value in derived.items():
             if getattr(self, key) is None:

@@ -104,3 +104,17 @@ def test_a_chain_runs_once_a_seed_into_folders_of_their_own(tmp_path, monkeypatc
     assert "skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match="twice"):
         seeds.run("recipes/mini", [3, 3])
+
+
+def test_one_stage_of_a_chain_at_several_seeds(tmp_path, monkeypatch):
+    """The stages that no seed has run yet have no gains to average."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipes/mini").mkdir(parents=True)
+    Path("recipes/toy.py").write_text(RECIPE)
+    Path("recipes/later.py").write_text(RECIPE)
+    Path("recipes/mini/chain.yaml").write_text("out: runs/mini\nstages: [toy, later]\n")
+    for name in ("toy", "later"):
+        Path(f"recipes/mini/{name}.yaml").write_text(f"output_dir: runs/mini/{name}\n")
+    assert seeds.run("recipes/mini", [3, 5], only="toy") == 0
+    stored = json.loads(Path("runs/mini/gains.json").read_text())
+    assert [gain["stage"] for gain in stored["gains"]] == ["toy"]

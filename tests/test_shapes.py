@@ -133,6 +133,7 @@ def test_the_vocabulary_is_padded():
         ({"model_type": "gpt2", "rope_theta": 5e5}, "rope_theta: found 500000.0, but model_type gpt2"),
         ({"head_dim": 33}, "head_dim: found 33, expected an even number"),
         ({"depth": 0}, "depth: found 0, expected at least 1"),
+        ({"depth": 2, "num_hidden_layers": 4}, "depth: found 2, but num_hidden_layers is 4: leave one of them out"),
     ],
 )
 def test_shapes_that_cannot_be(keys, words):
