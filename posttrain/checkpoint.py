@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 from posttrain.errors import UserError
@@ -37,12 +38,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: Path, value) -> None:
-    """Write JSON beside `path` and rename it into place, flushed."""
+@contextmanager
+def replacing(path: Path, mode: str = "wb", **options):
+    """A file to write that takes the place of `path` once it is whole and flushed; else nothing is left of it."""
     beside = path.with_name(f".tmp-{path.name}")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, ensure_ascii=False)
+        with open(beside, mode, **options) as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -50,6 +52,12 @@ def write_json(path: Path, value) -> None:
         beside.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON beside `path` and rename it into place, flushed."""
+    with replacing(path, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
 
 
 def staging(parent: Path, write: Callable[[Path], None]) -> tuple[Path, dict[str, dict]]:

@@ -67,24 +67,17 @@ def write_shard(path: Path, texts: list[str], tokenizer, dtype: str) -> dict:
         facts = json.loads(facts_file.read_text())
         if facts["texts_sha256"] == own and path.stat().st_size == facts["tokens"] * np.dtype(dtype).itemsize:
             return facts
-    beside, digest, count = path.with_name(f".tmp-{path.name}"), hashlib.sha256(), 0
-    try:
-        with open(beside, "wb") as file:
-            for start in range(0, len(texts), BATCH):
-                ids: list[int] = []
-                for document in encode(tokenizer, texts[start : start + BATCH]):
-                    ids.append(tokenizer.eos_token_id)
-                    ids += document
-                piece = np.array(ids, dtype=dtype).tobytes()
-                file.write(piece)
-                digest.update(piece)
-                count += len(ids)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    digest, count = hashlib.sha256(), 0
+    with checkpoint.replacing(path) as file:
+        for start in range(0, len(texts), BATCH):
+            ids: list[int] = []
+            for document in encode(tokenizer, texts[start : start + BATCH]):
+                ids.append(tokenizer.eos_token_id)
+                ids += document
+            piece = np.array(ids, dtype=dtype).tobytes()
+            file.write(piece)
+            digest.update(piece)
+            count += len(ids)
     size = sum(len(text.encode()) for text in texts)
     facts = {"name": path.name, "tokens": count, "documents": len(texts), "bytes": size}
     facts |= {"sha256": digest.hexdigest(), "texts_sha256": own}
