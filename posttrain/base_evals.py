@@ -15,6 +15,7 @@ from posttrain.layouts import Layout
 from posttrain.rl.forward import rollout_logps
 from posttrain.rl.rollout import Sampling
 from posttrain.rl.types import Completion, Rollouts
+from posttrain.shards import encode
 
 MICRO_BATCH = 4096  # tokens of a forward pass that reads texts; their logits are what takes memory
 
@@ -69,7 +70,8 @@ def bits_per_byte(model, tokenizer, texts: list[str], max_length: int) -> dict:
 
 
 def _ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """As pretraining encodes it: what looks like a control token in a text is text."""
+    return encode(tokenizer, [text])[0]
 
 
 class ByteTrigram:

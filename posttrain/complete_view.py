@@ -6,10 +6,10 @@ model's own, at temperature 1, whatever the text was sampled with; logarithms ar
 """
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from posttrain.checkpoint import replacing
 from posttrain.figures import number
 from posttrain.xray_text import paint, plain, sentence, width_of
 
@@ -166,9 +166,8 @@ def write(passages: list[Passage], model: str, settings: dict, path: Path) -> Pa
         passages=passages, model=model, settings=settings, classes=classes(), title=title
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path, "w", encoding="utf-8") as file:
+        file.write(page)
     return path
 
 

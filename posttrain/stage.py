@@ -28,6 +28,7 @@ from posttrain.provenance import file_sha256s, git_commit, machine, versions
 FREE_KEYS = {"output_dir", "resume", "overwrite", "logging_steps", "save_total_limit", "keep_checkpoints"}
 FREE_KEYS |= {"report_to", "run_name", "tracker_project"}
 FREE_KEYS |= {"executor", "workers", "slurm", "ray"}  # where cleaning runs
+FREE_KEYS |= {"shards_dir", "shard_workers"}  # where tokens are, and who makes them
 WORKING = ("checkpoints", "tokens")  # folders that nobody needs once the stage has finished
 RUN, STAGE, CONFIG, LOG = "run.json", "stage.json", "config.yaml", "log.jsonl"
 
