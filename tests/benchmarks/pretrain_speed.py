@@ -8,7 +8,8 @@ In: nothing; models get random weights, tokens are the tiny world's. Out: a tabl
 - step: `posttrain.pretrain.pretrain` on a transformers GPT-2 against a loop in the manner of nanoGPT on a GPT-2 in
   plain torch (pretrain_speed_plain.py): equal weights, tokens, batch, dtype, optimizer, clipping. Before any timing
   both must give the same loss and gradients. "plain" is nanoGPT's default on a CPU; "plain, tuned" adds torch.compile
-  and fused AdamW. Each trainer keeps its process; they take turns (A B A B) and stand still meanwhile.
+  and fused AdamW. Each trainer keeps its process; they take turns (A B A B) and stand still meanwhile. All have the
+  environment that `import posttrain` sets (OpenMP waits passively).
 - loader: seconds to read a step's chunks from shards on disk, beside those that the step takes.
 - processes: the step on one process and on two over gloo, a thread each, the same batch in all.
 - mfu: arithmetic that a step needs over what the GPU could do, by its measured matmul rate (pretrain_speed_gpu.py).
@@ -79,7 +80,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     each.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; none = all but mfu")
     cases = [f"{size}-{dtype}" for size in SIZES for dtype in ("fp32", "bf16")]
     each.add_argument("--cases", nargs="+", choices=cases, default=["tiny-fp32", "tiny-bf16", "small-fp32"])
-    each.add_argument("--size", choices=SIZES, default="small", help="processes: of its model")
+    each.add_argument("--size", choices=SIZES, default="tiny", help="processes: of its model")
     each.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     each.add_argument("--rounds", type=int, default=5)
     each.add_argument("--tokens", type=int, default=10 * SHARD_TOKENS, help="loader: how many its shards hold")

@@ -22,7 +22,7 @@ from posttrain.tokenizer import train_tokenizer
 
 SIZES = {  # width, layers, heads, vocabulary, length, batch, steps of a turn
     "smallest": (32, 1, 1, 512, 32, 4, 2),
-    "tiny": (128, 4, 4, 1024, 256, 16, 6),
+    "tiny": (128, 4, 4, 1024, 256, 16, 4),
     "small": (384, 6, 6, 8192, 256, 8, 2),
 }
 SHARD_TOKENS = 10_000_000
