@@ -7,6 +7,7 @@ drawn in a seeded order from the one row of tokens that all texts make, an end-o
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -191,16 +192,21 @@ class Chunks:
         """Places, in the row of chunks, of those that this process takes in 0-based `step`."""
         return taken_indices(step * self.batch, self.batch, self.count, self.seed)[self.rank :: self.world]
 
-    def load(self, indices: list[int], device) -> Tensor:
-        """(len(indices), S) tokens."""
-        chunks = torch.stack([torch.from_numpy(self.tokens.chunk(index, self.length)) for index in indices])
-        return chunks.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else chunks.to(device)
+    def read(self, step: int) -> tuple[list[int], Tensor]:
+        """(`indices` of 0-based `step`, their tokens (len(indices), S) on the CPU)."""
+        indices = self.indices(step)
+        return indices, torch.stack([torch.from_numpy(self.tokens.chunk(index, self.length)) for index in indices])
 
     def position(self, step: int) -> dict[str, int]:
         """Where the data stands after `step` steps: chunks taken, whole passes, the place in the seeded order."""
         taken = step * self.batch
         epoch, place = divmod(taken, self.count)
         return {"tokens": taken * self.length, "chunks": taken, "epoch": epoch, "place": place}
+
+
+def to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """On a GPU the copy goes on while Python does."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 def pretrain(
@@ -221,22 +227,25 @@ def pretrain(
         step = _resume(stage.resume_folder, model, updater, guard)
     predicted = config.batch_size * (config.sequence_length - 1)
     progress = Progress(stage.name, config.max_steps, initial=step)
-    with stage.running():
+    with stage.running(), ThreadPoolExecutor(1) as reader:  # a cold disk takes a fifth of a GPU's step
+        ahead = reader.submit(chunks.read, step)
         while step < config.max_steps and not stage.stopping:
-            began, indices = time.perf_counter(), chunks.indices(step)
-            batches = chunks.load(indices, accelerator.device).split(config.micro_batch_size)
+            began = time.perf_counter()
+            indices, rows = ahead.result()
+            ahead = reader.submit(chunks.read, step + 1)
+            batches = to_device(rows, accelerator.device).split(config.micro_batch_size)
             meter.data_seconds += time.perf_counter() - began
 
             def share(batch):
                 return updater.model(batch) / predicted
 
-            def rows(indices=indices) -> str:
+            def names(indices=indices) -> str:
                 return "chunks " + ", ".join(map(str, indices[:8]))
 
-            numbers = updater.step(batches, share, rows, guard.refuses if config.skip_spikes else None)
+            numbers = updater.step(batches, share, names, guard.refuses if config.skip_spikes else None)
             if numbers.get("skipped"):
                 stage.note(f"step {step + 1} skipped: loss {numbers['loss']:.4g}, gradient norm "
-                           f"{numbers['grad_norm']:.4g}; {rows()}")  # fmt: skip
+                           f"{numbers['grad_norm']:.4g}; {names()}")  # fmt: skip
             step += 1
             meter.tokens += config.batch_size * config.sequence_length
             progress.update(loss=numbers["loss"])

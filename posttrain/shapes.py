@@ -151,6 +151,7 @@ def model_config(shape: ShapeConfig, tokenizer):
             resid_pdrop=0.0,  # a text is seen once or a few times: nothing to overfit
             embd_pdrop=0.0,
             attn_pdrop=0.0,
+            activation_function="gelu_pytorch_tanh",  # gelu_new as one kernel: the same function
             **common,
         )
     from transformers import LlamaConfig, Qwen3Config

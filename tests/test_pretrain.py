@@ -196,8 +196,9 @@ def test_any_number_of_processes_takes_the_same_chunks_in_the_same_order(tmp_pat
         assert [parts[place % world][place // world] for place in range(4)] == alone.indices(step)
     taken = [index for step in range(37) for index in alone.indices(step)]
     assert all(sorted(taken[at : at + 37]) == list(range(37)) for at in range(0, 4 * 37, 37))
-    loaded = alone.load([3, 36], torch.device("cpu"))
-    assert loaded.tolist() == [list(range(1024, 1032)), list(range(1288, 1296))]
+    indices, rows = alone.read(5)
+    assert indices == alone.indices(5)
+    assert rows.tolist() == [list(range(1000 + 8 * index, 1008 + 8 * index)) for index in indices]
     assert alone.position(10) == {"tokens": 320, "chunks": 40, "epoch": 1, "place": 3}
 
 

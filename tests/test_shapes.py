@@ -3,6 +3,7 @@
 Run: pytest tests/test_shapes.py
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -140,3 +141,13 @@ def test_shapes_that_cannot_be(keys, words):
     with pytest.raises(UserError) as error:
         ShapeConfig(**keys)
     assert words in str(error.value)
+
+
+def test_gpt2_has_its_own_activation_in_one_kernel():
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), as Hendrycks & Gimpel (1606.08415) approximate GELU."""
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-6, 6, 1001)
+    expected = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    config = model_config(ShapeConfig(model_type="gpt2"), Vocabulary(10))
+    torch.testing.assert_close(ACT2FN[config.activation_function](x), expected, atol=1e-6, rtol=1e-5)
