@@ -104,12 +104,13 @@ class ChunkLoss(nn.Module):
         inputs = {"input_ids": chunks, "use_cache": False}
         if self.end is not None:
             inputs["position_ids"] = document_positions(chunks, self.end)
-        targets = chunks[:, 1:].flatten()
         if self.by_liger:
             hidden = self.model.base_model(**inputs).last_hidden_state[:, :-1]
-            return liger.head_loss(self.model, hidden.flatten(0, 1), targets)
-        logits = self.model(**inputs).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+            return liger.head_loss(self.model, hidden.flatten(0, 1), chunks[:, 1:].flatten())
+        # The last token of a chunk has nothing to predict. Leaving its logits out would copy all the others.
+        targets = nn.functional.pad(chunks[:, 1:], (0, 1), value=-100)
+        logits = self.model(**inputs).logits.float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
 def document_positions(chunks: Tensor, end: int) -> Tensor:

@@ -60,8 +60,8 @@ def loader(found: dict, clock: str) -> list[str]:
         *lines,
         "",
         f"The order of an epoch is shuffled once, in {found['shuffle'] * 1000:.0f} ms. From the disk: that of this "
-        "machine, what the system had read of it forgotten before each step. Training reads the next step's chunks in a "
-        "thread while a step runs; the shares above that the trainers' own meters saw are what it still waits.",
+        "machine, what the system had read of it forgotten before each step. Training reads the next step's chunks in "
+        "a thread while a step runs; the shares above that the trainers' own meters saw are what it still waits.",
     ]
 
 
