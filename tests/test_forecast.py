@@ -8,7 +8,7 @@ import pytest
 import recipe_runs
 from recipe_runs import ROOT, SMALL
 
-from posttrain import forecast, forecast_plan, forecast_trial, launch
+from posttrain import forecast, forecast_plan, forecast_tokenizer, forecast_trial, launch
 from posttrain.errors import UserError
 
 UNITS = {"pretrain": "tokens", "sft": "tokens", "reward": "rankings", "ppo": "prompts", "grpo": "prompts"}
@@ -76,8 +76,15 @@ def test_the_tokenizer(capsys):
     found = forecast.run(str(ROOT / "recipes/tiny/tokenizer.yaml"), ["--max_rows", "3000"])
     (small_bytes, large), (few, many) = found["measured"]["bytes"], found["measured"]["seconds"]
     assert large == pytest.approx(2 * small_bytes, rel=0.1)
-    assert found["measured"]["bytes_per_second"] == pytest.approx((large - small_bytes) / (many - few))
+    expected = (large - small_bytes) / (many - few) if many > few else large / many
+    assert found["measured"]["bytes_per_second"] == pytest.approx(expected)
     assert found["data"]["available"] == pytest.approx(large, rel=0.1)
+
+
+def test_the_line_through_two_trainings():
+    assert forecast_tokenizer.line([(10, 3.0), (30, 4.0)]) == (20.0, 2.5)  # 20 bytes a second after 2.5 s
+    assert forecast_tokenizer.line([(10, 1.0), (30, 3.0)]) == (10.0, 0.0)
+    assert forecast_tokenizer.line([(10, 2.0), (30, 1.5)]) == (20.0, 0.0)  # noise: never a negative rate
 
 
 def test_two_micro_steps_stand_for_a_long_step(small_chain, warm):
