@@ -232,7 +232,8 @@ def test_commands_of_the_readme(small_chain, line, monkeypatch, capsys, tmp_path
     parent = ["--model_name_or_path", str(small_chain / "pretrain"), "--max_rows", "50", "--max_length", "320"]
     extra = {
         "run": ["--dry-run"], "chat": ["--prompt", "Hello", "--max_new_tokens", "2"], "inspect": parent,
-        "eval": ["--rows", "200", "--use_vllm", "false"], "bestof": ["--rows", "4", "--n", "4", "--max_tokens", "8", "--use_vllm", "false"],
+        "eval": ["--rows", "200", "--use_vllm", "false"],
+        "bestof": ["--rows", "4", "--n", "4", "--max_tokens", "8", "--use_vllm", "false"],
     }  # fmt: skip
     words = [re.sub(r"^(?=rows\.html$)", f"{tmp_path}/", word) for word in words]
     assert cli.command([*words[1:], *extra.get(words[1], [])]) == 0
