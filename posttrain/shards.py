@@ -161,13 +161,16 @@ def _all(folder: Path, found: Iterator[list[str]], tokenizer, dtype: str, worker
 
     spawn = multiprocessing.get_context("spawn")  # a fork would copy torch's threads, and perhaps a GPU
     progress, waiting = _Told(), deque()
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer,)) as pool:
+    pool = ProcessPoolExecutor(workers, spawn, _start_worker, (tokenizer,))
+    try:
         for number, texts in enumerate(chain([first, second], found)):
             waiting.append(pool.submit(_in_worker, _path(folder, number), texts, dtype))
             if len(waiting) > workers:
                 yield progress.count(waiting.popleft().result())
         while waiting:
             yield progress.count(waiting.popleft().result())
+    finally:
+        pool.shutdown(cancel_futures=True)  # a signal waits for the shards that are being written, not for the next
     progress.close()
 
 
