@@ -301,12 +301,12 @@ def test_the_trigram_model_by_hand():
 
 @torch.no_grad()
 def test_bits_per_byte_is_the_loss_of_transformers(model, tokenizer):
-    """Windows of 10 tokens: the first begins with end-of-text; each later one predicts the next 9 or fewer tokens, and
+    """Windows of 10 tokens: the first begins with the begin token; each later one predicts the next 9 or fewer tokens, and
     all before them in the window are context."""
     texts = ["Sum: 12+34. Result: 46.", "Tom found a hat by the river. It was a good day. 🙂", ""]
     bits = 0.0
     for text in texts[:2]:
-        ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
         for start in range(1, len(ids), 9):
             stop = min(start + 9, len(ids))
             row = torch.tensor([ids[max(0, stop - 10) : stop]])
