@@ -301,7 +301,7 @@ def test_the_trigram_model_by_hand():
 
 @torch.no_grad()
 def test_bits_per_byte_is_the_loss_of_transformers(model, tokenizer):
-    """Windows of 10 tokens: the first begins with the begin token; each later one predicts the next 9 or fewer tokens, and
+    """Windows of 10 tokens: the first begins with the begin token, each later one predicts the next 9 or fewer tokens;
     all before them in the window are context."""
     texts = ["Sum: 12+34. Result: 46.", "Tom found a hat by the river. It was a good day. 🙂", ""]
     bits = 0.0
