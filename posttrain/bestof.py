@@ -28,9 +28,10 @@ class Study:
 
     output_dir: Path
     config: dict
+    name: str = "bestof"
 
     def note(self, text: str) -> None:
-        print(f"bestof: {text}", flush=True)
+        print(f"{self.name}: {text}", flush=True)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from posttrain import base_evals
+from posttrain.bestof import Study
 from posttrain.data import DataConfig, load_rows
 from posttrain.errors import UserError
 from posttrain.intervals import measured
@@ -26,17 +27,6 @@ class Found:
     metrics: dict[str, dict] = field(default_factory=dict)
     conclusions: list[str] = field(default_factory=list)
     more: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Study:
-    """What `make_engine` asks of a stage: a seed, a folder and somebody to tell."""
-
-    output_dir: Path
-    config: dict
-
-    def note(self, text: str) -> None:
-        print(f"eval: {text}", flush=True)
 
 
 class Subject:
@@ -57,7 +47,7 @@ class Subject:
         """vLLM or transformers, as --use_vllm says."""
         from posttrain.rl.rollout import EngineConfig, make_engine
 
-        study = Study(Path(self.scratch.name), {"seed": self.options.seed})
+        study = Study(Path(self.scratch.name), {"seed": self.options.seed}, "eval")
         config = EngineConfig(use_vllm=self.options.use_vllm)
         return make_engine(config, self.model, self.tokenizer, min(self.longest, self.context), study)
 

@@ -94,6 +94,12 @@ def load_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_col
     return rows, test, [description, held_out | {"rows": len(test), "overlap": overlap}]
 
 
+def load_or_stream(data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None) -> tuple:
+    """`stream_both` where the data is streamed, else `load_both`."""
+    load = stream_both if data.streaming else load_both
+    return load(data, config, seed, columns, eval_columns)
+
+
 def stream_both(
     data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None, unseen: list[dict] | None = None
 ) -> tuple[Stream, list[dict], list[dict]]:

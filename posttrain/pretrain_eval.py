@@ -1,8 +1,8 @@
-"""What pretraining starts from and what it gains: texts and their tokens, the model, bits per byte, samples.
+"""What pretraining starts from and what it gains: the model, texts as tokens, bits per byte, samples.
 
-In: the configs of recipes/pretrain.py. Out: rows, a model and its tokenizer, token shards; then metrics, gains and
-samples as manifests store them: bits per byte of held-out text against a byte-trigram model of the training text, or,
-where training went on from a checkpoint, against that.
+In: the configs of recipes/pretrain.py, and texts. Out: a model and its tokenizer, token shards; then metrics, gains
+and samples as manifests store them: bits per byte of held-out text against a byte-trigram model of the training text,
+or, where training went on from a checkpoint, against that.
 """
 
 import json
@@ -11,26 +11,19 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from posttrain import base_evals, evals, intervals, shapes
-from posttrain.data import DataConfig, Stream
+from posttrain import base_evals, intervals, shapes
+from posttrain.data import Stream
 from posttrain.environment import usable_cores
 from posttrain.errors import UserError
-from posttrain.evals import EVAL_SEED, EvalConfig
+from posttrain.evals import EVAL_SEED
 from posttrain.models import ModelConfig, load_pair, load_tokenizer
 from posttrain.pretrain import PretrainConfig
 from posttrain.rl.rollout import HFEngine, Sampling
-from posttrain.shards import INDEX, TokenShards, require_same, write_shards
+from posttrain.shards import INDEX, TokenShards, encode, require_same, write_shards
 
 COLUMNS = ("text",)
 TRIGRAM_BYTES = 20_000_000  # of training text that the byte-trigram model counts: about 20 s
 BEGINNING = 8  # tokens of a held-out text that a sample continues
-
-
-def load_texts(data: DataConfig, held_out: EvalConfig, seed: int) -> tuple[list | Stream, list, list]:
-    """(training rows, held-out rows, descriptions of both for the manifest); a stream where the data is streamed."""
-    if not data.streaming:
-        return evals.load_both(data, held_out, seed, COLUMNS)
-    return evals.stream_both(data, held_out, seed, COLUMNS)
 
 
 def start_model(shape: shapes.ShapeConfig, config: PretrainConfig):
@@ -83,7 +76,7 @@ class Watch:
         self.start = self.bits() if config.model_name_or_path is not None and stage.main else None
 
     def _beginning(self, text: str) -> str:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        (ids,) = encode(self.tokenizer, [text])
         return self.tokenizer.decode(ids[:BEGINNING])
 
     def bits(self) -> dict:
@@ -92,8 +85,7 @@ class Watch:
 
     def samples(self) -> list[str]:
         """A continuation of each prompt at temperature 0.8; the same seed each time."""
-        begin = [self.tokenizer.eos_token_id]
-        prompts = [begin + self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.prompts]
+        prompts = [[self.tokenizer.eos_token_id, *ids] for ids in encode(self.tokenizer, self.prompts)]
         sampling = Sampling(1, self.config.sample_tokens, (self.tokenizer.eos_token_id,), temperature=0.8)
         found = HFEngine(self.model, self.tokenizer).generate(prompts, sampling, EVAL_SEED)
         return [self.tokenizer.decode(completion.ids, skip_special_tokens=True) for completion in found]

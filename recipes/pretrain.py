@@ -13,7 +13,7 @@ from posttrain.errors import entry
 from posttrain.evals import EvalConfig
 from posttrain.models import save_pair
 from posttrain.pretrain import PretrainConfig, PretrainOptim, pretrain
-from posttrain.pretrain_eval import COLUMNS, Watch, load_texts, start_model, token_shards
+from posttrain.pretrain_eval import COLUMNS, Watch, start_model, token_shards
 from posttrain.shapes import ShapeConfig, dial
 from posttrain.stage import StageConfig
 
@@ -34,7 +34,7 @@ def check(argv, planned=()) -> dict:
 
 def main() -> None:
     configs = own, source, held_out, shape, config, optim = parsed(description=__doc__)
-    rows, test, sources = load_texts(source, held_out, own.seed)
+    rows, test, sources = evals.load_or_stream(source, held_out, own.seed, COLUMNS)
     run = stage.start("pretrain", configs, parents=config.parents, data=sources)
     accelerator = stage.accelerator(optim.bf16)
     model, tokenizer = start_model(shape, config)

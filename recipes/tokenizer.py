@@ -28,8 +28,7 @@ def check(argv, planned=()) -> dict:
 def main() -> None:
     configs = own, source, held_out, config = parse(ARGS, description=__doc__)
     require_names(config.compare_tokenizers)
-    load = evals.stream_both if source.streaming else evals.load_both
-    rows, test, sources = load(source, held_out, own.seed, ("text",), config.eval_columns)
+    rows, test, sources = evals.load_or_stream(source, held_out, own.seed, ("text",), config.eval_columns)
     run = stage.start("tokenizer", configs, parents={}, data=sources)
     special, texts = special_tokens(config.special_tokens, config.reserved_tokens), Limited(rows, config)
     tokenizer = train_tokenizer(
