@@ -37,6 +37,7 @@ from test_sharding import (
 )
 from torch import nn
 
+from posttrain.errors import entry
 from posttrain.models import save_pair
 
 CONFIG = ROOT / "recipes/accelerate/deepspeed_zero3.yaml"
@@ -290,4 +291,4 @@ def test_without_deepspeed_the_way_to_it_is_named():
 
 
 if __name__ == "__main__":
-    on_each_process(SECTIONS, *sys.argv[1:])
+    entry(lambda: on_each_process(SECTIONS, *sys.argv[1:]))  # leaves the group as the recipes do
