@@ -205,8 +205,9 @@ def test_replies_through_vllm(small_chain, tmp_path):
 
 
 def readme_commands() -> list[str]:
-    """Commands in the README's code blocks, without comments, joined where a backslash ends the line."""
-    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    """Commands in the code blocks of README.md and recipes/README.md, joined where a backslash ends the line."""
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "recipes/README.md"))
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [line for line in lines if re.match(r"([A-Z_]+=\S+ )*(posttrain|accelerate launch) ", line)]
 
