@@ -160,6 +160,7 @@ class Session:
     raw: bool = False
     system: str | None = None
     messages: list[dict] = field(default_factory=list)
+    top_k: int = 0
 
     def __post_init__(self):
         import torch
@@ -190,42 +191,39 @@ class Session:
     def turn(self, text: str) -> None:
         """Stream the reply to `text` and remember both; after Ctrl-C what was said so far is remembered."""
         text = clean(text)
-        prompt_ids = self.fit(text)
+        prompt_ids, dropped = self.fit(text)
+        if dropped:
+            note(f"[{dropped}]")
         if self.raw:
             note(f"prompt, {len(prompt_ids)} tokens:")
             print(*(raw_token(self.tokenizer, token, sys.stderr) for token in prompt_ids), file=sys.stderr, flush=True)
-        stream, room = TextStream(self.tokenizer), min(self.max_new_tokens, self.context - len(prompt_ids))
-        ended = False
-        settings = self.temperature, self.top_p, self.generator
+        reply = Reply(self, prompt_ids)
         try:
-            for token, prob in sample(self.model, prompt_ids, self.stop_ids, room, *settings):
-                ended = token in self.stop_ids
-                new_text = "" if ended else stream.add(token)
+            for token, prob, new_text in reply:
                 write(raw_token(self.tokenizer, token, sys.stdout, prob) + " " if self.raw else printable(new_text))
         finally:
-            write(("" if self.raw else printable(stream.end())) + "\n")
-            if (ended or stream.ids) and not self.is_base:
-                user, assistant = {"role": "user", "content": text}, {"role": "assistant", "content": stream.text}
-                self.messages += [user, assistant]
-        if not ended:
-            full = room < self.max_new_tokens
-            note(f"[cut: the context of {self.context} tokens is full]" if full else f"[cut at max_new_tokens {room}]")
+            write(("" if self.raw else printable(reply.stream.end())) + "\n")
+            if (reply.ended or reply.stream.ids) and not self.is_base:
+                said = {"role": "assistant", "content": reply.stream.text}
+                self.messages += [{"role": "user", "content": text}, said]
+        if not reply.ended:
+            note(f"[{reply.cut}]")
 
-    def fit(self, text: str) -> list[int]:
-        """Token ids of the prompt; forgets the oldest turns until a quarter of the context is left for the reply."""
+    def fit(self, text: str) -> tuple[list[int], str]:
+        """Token ids of the prompt, and a sentence where the oldest turns were forgotten, which leaves a quarter of the
+        context for the reply. Raises UserError where the prompt alone is too long."""
         reserve = min(self.max_new_tokens, self.context // 4)
         prompt_ids, dropped = self.encode(text), 0
         while len(prompt_ids) + reserve > self.context and self.messages:
             del self.messages[:2]
             prompt_ids, dropped = self.encode(text), dropped + 1
-        if dropped:
-            note(f"[the context holds {self.context} tokens: the oldest {dropped} turn(s) were dropped]")
         if len(prompt_ids) >= self.context:
             raise UserError(
                 f"the prompt has {len(prompt_ids)} tokens; the model's context holds {self.context}, reply included. "
                 "Shorten the prompt or the system message."
             )
-        return prompt_ids
+        said = f"the context holds {self.context} tokens: the oldest {dropped} turn(s) were dropped" if dropped else ""
+        return prompt_ids, said
 
     def encode(self, text: str) -> list[int]:
         if self.is_base:
@@ -246,6 +244,32 @@ class Session:
             return encode_chat(self.tokenizer, messages, add_generation_prompt=True).input_ids
         except jinja2.TemplateError as error:  # e.g. "System role not supported"
             raise UserError(f"the model's chat template refuses the conversation: {error}") from error
+
+
+class Reply:
+    """A reply to `prompt_ids`, sampled while it is iterated over: (token, probability, the text that it completes).
+
+    Leave the loop and the sampling stops. Then `ended` says whether a token that ends replies came, `stream` has the
+    tokens and the text, and `cut` says why there is no more.
+    """
+
+    def __init__(self, session: Session, prompt_ids: list[int]):
+        self.session, self.prompt_ids = session, prompt_ids
+        self.stream, self.ended = TextStream(session.tokenizer), False
+        self.room = min(session.max_new_tokens, session.context - len(prompt_ids))
+
+    def __iter__(self):
+        session = self.session
+        settings = session.temperature, session.top_p, session.generator, session.top_k
+        for token, prob in sample(session.model, self.prompt_ids, session.stop_ids, self.room, *settings):
+            self.ended = token in session.stop_ids
+            yield token, prob, "" if self.ended else self.stream.add(token)
+
+    @property
+    def cut(self) -> str:
+        if self.room < self.session.max_new_tokens:
+            return f"cut: the context of {self.session.context} tokens is full"
+        return f"cut at max_new_tokens {self.room}"
 
 
 def converse(session: Session) -> int:
