@@ -123,6 +123,31 @@ async def judge_reward(
     return scores
 
 
+async def compare(
+    prompts, first, second, *, base_url: str, model: str, api_key_env: str | None = None, criteria: str = CRITERIA,
+    cache: str | None = None, max_tokens: int = 512, concurrency: int = 16, retries: int = 5,
+    request_timeout: float = 60.0,
+) -> list[tuple[str | None, str | None]]:  # fmt: skip
+    """What the judge picks of two replies to each prompt, `first`'s read first and then `second`'s: "a" (what it read
+    first), "b" or "tie" each, None where its words could not be read. Equal replies tie without being asked.
+
+    Options and errors are those of `judge_reward`; temperature 0.
+    """
+    where = _judge(
+        base_url, model, api_key_env, criteria, cache, 0.0, max_tokens, concurrency, retries, request_timeout
+    )
+    tasks = [_sendable(prompt_text(prompt)) for prompt in prompts for _ in range(2)]
+    replies = [_sendable(reply_text(reply)) for pair in zip(first, second, strict=True) for reply in pair]
+    members = [[index, index + 1] for index in range(0, len(replies), 2)]
+    requests = _duel_requests(tasks, replies, members)
+    texts = await _ask(where, list(requests.values()))
+    said = {pair: _last_line(BETTER_LINE, text) for pair, text in zip(requests, texts, strict=True)}
+    found = [(said.get((a, b), "tie"), said.get((b, a), "tie")) for a, b in members]
+    unreadable = list(said.values()).count(None)
+    _count_unreadable(where, unreadable, texts, [None if unreadable == len(said) else 0.0])
+    return found
+
+
 def _count_unreadable(judge: Judge, unreadable: int, said: list[str], scores: list[float | None]) -> None:
     """UserError where not one answer of a batch could be read: it is the judge, then, and not the reply."""
     COUNTS["unreadable"] += unreadable
