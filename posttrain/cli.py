@@ -10,6 +10,7 @@
     posttrain serve runs/tiny/sft [--port 8000]
     posttrain eval runs/tiny/reward --data tiny --data_config rankings [--json FILE]
     posttrain eval runs/tiny/pretrain --suite tiny | --tasks A,B | --regurgitation ... [--json FILE]
+    posttrain ratings runs/tiny
     posttrain bestof --model runs/tiny/sft --reward runs/tiny/reward --n 16 --data tiny --data_config prompts
     posttrain attack-reward my_rewards.short [--options KEY=VALUE ...] [--tokenizer PATH] [--timeout S]
     posttrain template list | show NAME | check FILE [--tokenizer PATH] | diff A B
@@ -21,6 +22,7 @@ user can mend, 128 + n after signal n.
 
 import argparse
 
+from posttrain.board.rating_view import add_verb as add_ratings
 from posttrain.complete import add_verb as add_complete
 from posttrain.errors import entry
 from posttrain.eval_verb import add_verb as add_eval
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     add_complete(verbs, debug)
     add_serve(verbs, debug)
     add_eval(verbs, debug)
+    add_ratings(verbs, debug)
     _add_bestof(verbs, debug)
     _add_attack(verbs, debug)
     add_template(verbs, debug)
