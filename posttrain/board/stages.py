@@ -71,11 +71,13 @@ class Drawn(NamedTuple):
 @dataclass(frozen=True)
 class Piece:
     """A reply so far. `text` is without the token that ended it and without unfinished characters; `tokens` (one list
-    that grows) have all. `ended`: this is the last piece; `note` then says why, where no end token came."""
+    that grows) have all. `read` are the messages that `prompt_ids` render, without turns that the context has no room
+    for; none for a base model. `ended`: this is the last piece; `note` then says why, where no end token came."""
 
     text: str
     tokens: list[Drawn]
     prompt_ids: list[int]
+    read: list[dict]
     ended: bool = False
     note: str = ""
 
@@ -198,6 +200,7 @@ class Pool:
             raise UserError(f"--keep: found {keep}, expected 1 or more models in memory")
         self.entries, self.keep = {entry.name: entry for entry in entries}, keep
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the one used last stands last
+        self.tokenizers: dict[str, object] = {}
         self.lock = threading.Lock()
 
     @property
@@ -239,6 +242,21 @@ class Pool:
             self.loaded[name].users += 1
             return self.loaded[name]
 
+    def tokenizer(self, name: str):
+        """The tokenizer of stage `name`, which needs no model in memory. Raises UserError where it cannot be read."""
+        from transformers import AutoTokenizer
+
+        path = self.entry(name).path
+        with self.lock:
+            if name in self.loaded:
+                return self.loaded[name].tokenizer
+            if name not in self.tokenizers:
+                try:
+                    self.tokenizers[name] = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+                except Exception as error:  # transformers and tokenizers each raise their own kinds
+                    raise UserError(f"{path}: no tokenizer could be loaded: {error}") from error
+            return self.tokenizers[name]
+
     def stream(self, name: str, prompt: str | list[dict], settings: Settings) -> Iterator[Piece]:
         """Yield the reply of stage `name` to a text or to messages [{"role", "content"}] that end with the user's.
 
@@ -277,17 +295,19 @@ def _stream(loaded: Loaded, is_base: bool, messages: list[dict], settings: Setti
         ids = Completer(loaded.model, loaded.tokenizer).encode(text)
         said = "a base model has no system message: it was left out" if settings.system else ""
     else:
-        given = messages[0]["content"] if messages[0]["role"] == "system" else ""
-        session.set_system(settings.system or given)
+        own = messages[0]["content"] if messages[0]["role"] == "system" else ""
+        session.set_system(settings.system or own)
         session.messages = [message for message in messages[:-1] if message["role"] != "system"]
         ids, said = session.fit(messages[-1]["content"])
+    head = [{"role": "system", "content": session.system}] if session.system else []
+    given = [] if is_base else [*head, *session.messages, messages[-1]]
     reply, read, tokens = Reply(session, ids), token_reader(loaded.tokenizer), []
-    yield Piece("", tokens, ids, note=said)
+    yield Piece("", tokens, ids, given, note=said)
     for token, probability, _ in _one_at_a_time(loaded.lock, iter(reply)):
         tokens.append(Drawn(token, read(token), probability))
-        yield Piece(reply.stream.text[: reply.stream.shown], tokens, ids, note=said)
+        yield Piece(reply.stream.text[: reply.stream.shown], tokens, ids, given, note=said)
     notes = [said, "" if reply.ended else reply.cut]
-    yield Piece(reply.stream.text, tokens, ids, ended=True, note="; ".join(filter(None, notes)))
+    yield Piece(reply.stream.text, tokens, ids, given, ended=True, note="; ".join(filter(None, notes)))
 
 
 def _one_at_a_time(lock: threading.Lock, items: Iterator) -> Iterator:

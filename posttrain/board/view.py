@@ -1,0 +1,107 @@
+"""What the rooms show, as HTML made of text: nothing that a model or a user wrote comes out as markup.
+
+In: texts, tokens, templates. Out: strings for `gr.HTML`. Every text passes through `said`, which escapes it and spells
+out control and bidirectional characters, so a reply is shown letter by letter: no Markdown, no LaTeX, no links, no
+images. Pure functions; the style sheet is in look.py.
+"""
+
+from collections.abc import Iterable
+
+from markupsafe import Markup, escape
+
+from posttrain.complete_view import Scored, classes, title
+from posttrain.serve import printable
+from posttrain.xray import ROLES, Token
+from posttrain.xray_text import runs, sentence
+
+LONGEST = 4000  # tokens of one passage on the page
+
+
+def said(text: str) -> Markup:
+    """A text as it is, inert."""
+    return escape(printable(str(text)))
+
+
+def note(text: str, kind: str = "note") -> Markup:
+    """A line of the board's own; `kind` "error" for what went wrong."""
+    role = ' role="alert"' if kind == "error" else ""
+    return Markup('<p class="{}"{}>{}</p>').format(kind, Markup(role), said(text)) if text else Markup("")
+
+
+def message(who: str, text: str, role: str, *, remark: str = "", writing: bool = False) -> Markup:
+    """One message of a conversation. `role`: "user", "assistant", "completion" or "system"; `writing`: more will
+    come."""
+    return Markup('<article class="message {}"{}><h4>{}</h4><div class="said" dir="auto">{}</div>{}</article>').format(
+        role, Markup(' aria-busy="true"' if writing else ""), said(who), said(text), note(remark)
+    )
+
+
+def talk(messages: Iterable[Markup], empty: str, error: str = "") -> str:
+    """A conversation; `empty` is shown before the first message."""
+    body = Markup("").join(messages) or Markup('<p class="empty">{}</p>').format(said(empty))
+    return str(Markup('<div class="talk" role="log">{}{}</div>').format(body, note(error, "error")))
+
+
+# ---- tokens ---------------------------------------------------------------------------------------------------------
+
+
+def by_probability(tokens: list[Scored], name: str, remark: str) -> Markup:
+    """Tokens on the colour of their probability; each tells its numbers, and what else was likely."""
+    return _section(name, remark, Markup("").join(map(_scored, tokens[:LONGEST])), len(tokens))
+
+
+def _scored(token: Scored) -> Markup:
+    colour = "none" if token.colour is None else f"c{token.colour}"
+    chance = "" if token.p is None else f"{100 * token.p:.0f}"
+    return Markup('<span class="t {}" tabindex="0" data-more="{}"><b>{}</b><small>{}</small></span>{}').format(
+        colour, title(token), sentence(token.text) or "∅", chance, _break(token.text)
+    )
+
+
+def by_role(tokens: list[Token], name: str, remark: str) -> Markup:
+    """Tokens over their ids, a line a role; control tokens and what is learned stand out."""
+    parts = []
+    for role, run in runs(tokens[:LONGEST], len(tokens)):
+        cells = Markup("").join(_token(token) for token in run)
+        parts.append(Markup('<div class="turn {0}"><h5>{0}</h5><div>{1}</div></div>').format(role, cells))
+    return _section(name, remark, Markup("").join(parts), len(tokens))
+
+
+def _token(token: Token) -> Markup:
+    kinds = " ".join(name for name, is_so in (("m", token.marked), ("c", token.control)) if is_so)
+    return Markup('<span class="t {}"><b>{}</b><small>{}</small></span>{}').format(
+        kinds, sentence(token.text) or "∅", token.id, _break(token.text)
+    )
+
+
+def _break(text: str) -> Markup:
+    return Markup("<br>") if text.endswith("\n") else Markup("")
+
+
+def _section(name: str, remark: str, cells: Markup, number: int) -> Markup:
+    more = note(f"{number - LONGEST:,} more tokens are not shown") if number > LONGEST else ""
+    return Markup('<section class="tokens"><h4>{} <span>{}</span></h4><div class="cells">{}</div>{}</section>').format(
+        said(name), said(remark), cells, more
+    )
+
+
+def probability_legend() -> Markup:
+    cells = (Markup('<span class="t c{}"><b>{}</b></span>').format(n, name) for n, name in enumerate(classes()))
+    told = "below each token its probability in percent, the model's own, at temperature 1; touch one for more"
+    return Markup('<p class="legend">{} <span>{}</span></p>').format(Markup("").join(cells), told)
+
+
+def role_legend(marked: str = "") -> Markup:
+    """What the colours of `by_role` say; `marked` names what is underlined."""
+    cells = [Markup('<span class="turn {0}"><span class="t"><b>{0}</b></span></span>').format(role) for role in ROLES]
+    cells.append(Markup('<span class="turn other"><span class="t c"><b>control token</b></span></span>'))
+    if marked:
+        cells.append(Markup('<span class="turn assistant"><span class="t m"><b>{}</b></span></span>').format(marked))
+    return Markup('<p class="legend">{} <span>below each token its id</span></p>').format(Markup("").join(cells))
+
+
+def source(text: str | None) -> str:
+    """A chat template's own text."""
+    if text is None:
+        return str(note("no chat template: a base model, which completes text"))
+    return str(Markup('<pre class="source" dir="ltr">{}</pre>').format(said(text)))
