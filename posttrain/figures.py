@@ -7,7 +7,7 @@ follows the reader's dark or light setting, and their text stays text. Every nam
 """
 
 import math
-from collections.abc import Iterable, Sequence
+import re
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
@@ -18,12 +18,22 @@ from posttrain.errors import UserError
 
 Points = list[tuple[float, float]]  # (step, value), by step
 
-BOX = (168, 66)  # a stage in the picture of the chain, width and height
-MAX_POINTS = 300  # a curve of more is thinned to its lows and highs, so that no spike is lost
-SMOOTH_FROM = 40  # a curve of fewer points gets no running mean
-ROUGH = 4  # nor does one that goes up and down less than this many times its range: a schedule, a count
-LOG_RATIO = 100  # a loss that spans more than this is drawn on a log axis
-LOG_NAMES = ("loss", "grad_norm", "perplexity")
+BOX = (160, 98)  # a stage in the picture of the chain, width and height: a name and up to four lines
+# The report's colours for a picture that stands alone: light, and what dark changes.
+STYLE = """
+svg { --paper: #fcfcfb; --card: #fff; --ink: #1d2126; --soft: #5d6670; --faint: #737c86; --rule: #d5d9dc;
+  --good: #1d7a4c; --bad: #b3372d; --wait: #96650a; font-family: system-ui, -apple-system, "Segoe UI", sans-serif; }
+@media (prefers-color-scheme: dark) { svg { --paper: #14171a; --card: #1a1e22; --ink: #e3e6e8; --soft: #a3acb4;
+  --faint: #8a949d; --rule: #3a4148; --good: #63c08f; --bad: #ee8177; --wait: #dcae55; } }
+.paper { fill: var(--paper); } text { fill: var(--soft); font-size: 11px; } .end { text-anchor: end; }
+.box rect { fill: var(--card); stroke: var(--rule); stroke-width: 1.5; } .name { fill: var(--ink); font-size: 14px;
+  font-weight: 600; } .lamp { fill: var(--faint); } .finished .lamp { fill: var(--good); } .failed .lamp,
+  .not-shown .lamp { fill: var(--bad); } .running .lamp, .not-finished .lamp { fill: var(--wait); }
+.box.outside rect, .box.not-started rect, .box.running rect, .box.not-finished rect { stroke-dasharray: 4 3; }
+.edge { fill: none; stroke: var(--faint); stroke-width: 1.4; } .assumed { stroke-dasharray: 4 4; } .gained {
+  fill: var(--ink); font-weight: 600; } .head { fill: var(--faint); } .role { font-size: 10px; stroke: var(--paper);
+  stroke-width: 4px; paint-order: stroke; }
+"""
 
 
 def number(value: float | None) -> str:
@@ -83,9 +93,6 @@ def measure(entry: dict, unit: str = "", *, percent: bool = True) -> tuple[str, 
     return f"{value:,.{digits}f}", f"[{low:,.{digits}f}, {high:,.{digits}f}]"
 
 
-# ---- curves ---------------------------------------------------------------------------------------------------------
-
-
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten) inside [low, high]."""
     raw = (high - low) / count
@@ -93,86 +100,6 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     step = next(unit * power for unit in (1, 2, 5, 10) if unit * power >= raw * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [step * index for index in range(first, last + 1)]
-
-
-def _tick_text(value: float) -> str:
-    return compact(value) if abs(value) >= 10_000 else f"{value:.3g}"
-
-
-def _thin(points: Points) -> Points:
-    """At most about MAX_POINTS points: each bucket of neighbours keeps its lowest and its highest."""
-    if len(points) <= MAX_POINTS:
-        return points
-    size = math.ceil(2 * len(points) / MAX_POINTS)
-    kept = []
-    for start in range(0, len(points), size):
-        bucket = points[start : start + size]
-        kept += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
-    return kept
-
-
-def running_mean(points: Points, width: int) -> Points:
-    """Centred mean over `width` neighbours; the window shrinks evenly towards both ends."""
-    half, means = width // 2, []
-    for index, (step, _) in enumerate(points):
-        reach = min(half, index, len(points) - 1 - index)
-        window = [value for _, value in points[index - reach : index + reach + 1]]
-        means.append((step, sum(window) / len(window)))
-    return means
-
-
-def _path(points: Iterable[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-
-
-def wants_log(name: str, values: Sequence[float]) -> bool:
-    """Whether a panel of this name and these values gets a log axis: losses and norms over a wide range."""
-    wide = min(values) > 0 and max(values) / min(values) >= LOG_RATIO
-    return wide and any(part in name for part in LOG_NAMES)
-
-
-def curves(name: str, lines: dict[str, Points]) -> Markup:
-    """One small panel: every line of `lines` (finite values, at least one of two points) over the step."""
-    width, height, left, right, top, bottom = 320, 150, 44, 8, 8, 22
-    steps = [step for points in lines.values() for step, _ in points]
-    values = [value for points in lines.values() for _, value in points]
-    log = wants_log(name, values)
-    low, high = (math.log10(f(values)) if log else f(values) for f in (min, max))
-    if not log and 0 <= low < 0.4 * high:
-        low = 0.0  # a curve that comes near zero is read against zero
-    pad = 0.05 * (high - low) or 0.5 * abs(high) or 1.0
-    low, high = (low if low == 0 and not log else low - pad), high + pad
-    first, last = min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1
-
-    def x(step: float) -> float:
-        return left + (width - left - right) * (step - first) / (last - first)
-
-    def y(value: float) -> float:
-        return height - bottom - (height - top - bottom) * ((math.log10(value) if log else value) - low) / (high - low)
-
-    out = [f'<svg class="curve" viewBox="0 0 {width} {height}" role="img"><title>{escape(name)}</title>']
-    marks = [10.0**t for t in ticks(low, high, 3) if t == int(t)] if log else ticks(low, high, 5)
-    for mark in marks or [10.0**low, 10.0**high]:
-        out.append(f'<path class="grid" d="M{left} {y(mark):.1f}H{width - right}"/>')
-        out.append(f'<text class="tick end" x="{left - 6}" y="{y(mark) + 3.5:.1f}">{_tick_text(mark)}</text>')
-    for step in ticks(first, last, 4):
-        anchor = " end" if x(step) > width - 24 else " mid"
-        out.append(f'<text class="tick{anchor}" x="{x(step):.1f}" y="{height - 6}">{_tick_text(step)}</text>')
-    for index, points in enumerate(lines.values()):
-        out.append(_line(points, index, x, y))
-    return Markup("".join(out) + "</svg>")
-
-
-def _line(points: Points, index: int, x, y) -> str:
-    """One line of a panel: thin for what was logged and thick for its running mean, or points where they are few."""
-    thin = _path((x(step), y(value)) for step, value in _thin(points))
-    colour, values = f"c{index % 3}", [value for _, value in points]
-    rough = sum(abs(b - a) for a, b in pairwise(values)) > ROUGH * (max(values) - min(values))
-    if rough and len(points) >= SMOOTH_FROM:
-        mean = _path((x(step), y(value)) for step, value in _thin(running_mean(points, max(5, len(points) // 12))))
-        return f'<path class="line raw {colour}" d="{thin}"/><path class="line {colour}" d="{mean}"/>'
-    dots = "".join(f'<circle class="dot {colour}" cx="{x(s):.1f}" cy="{y(v):.1f}" r="2"/>' for s, v in points)
-    return f'<path class="line {colour}" d="{thin}"/>' + (dots if len(points) <= 12 else "")
 
 
 # ---- one gain -------------------------------------------------------------------------------------------------------
@@ -283,11 +210,11 @@ class _Layout:
 def chain(boxes: list[dict], edges: list[tuple[str, str, str, str]], *, down: bool = False) -> Markup:
     """The stages as boxes with arrows from parent to child, left to right or (for a phone) `down` the page.
 
-    boxes: {"name", "title", "lines": up to two short strings, "state", "href" or None}, in the order of the chain.
+    boxes: {"name", "title", "lines": up to four short strings, "state", "href" or None}, in the order of the chain.
     edges: (parent, child, label, "known" | "assumed").
     """
     layout = _Layout(down, {}, {})
-    (size_main, size_cross), (gap_main, gap_cross) = layout.size, (46, 16) if down else (58, 20)
+    (size_main, size_cross), (gap_main, gap_cross) = layout.size, (46, 16) if down else (46, 22)
     columns, routes = _layers([box["name"] for box in boxes], [(a, b) for a, b, *_ in edges])
     extent = {name: 12 for column in columns for name in column} | {box["name"]: size_cross for box in boxes}
     lengths = [sum(extent[name] for name in column) + gap_cross * (len(column) - 1) for column in columns]
@@ -342,6 +269,21 @@ def _box(box: dict, x: float, y: float) -> str:
     out += f'<circle class="lamp" cx="{x + BOX[0] - 15:.1f}" cy="{y + 17:.1f}" r="4"/>'
     out += f'<text class="name" x="{x + 13:.1f}" y="{y + 22:.1f}">{escape(title)}</text>'
     for index, line in enumerate(box["lines"]):
-        out += f'<text x="{x + 13:.1f}" y="{y + 40 + 15 * index:.1f}">{escape(line)}</text>'
+        kind = ' class="gained"' if index == 3 else ""
+        line = line if len(line) <= 27 else line[:26] + "…"
+        out += f'<text{kind} x="{x + 13:.1f}" y="{y + 40 + 15.5 * index:.1f}">{escape(line)}</text>'
     out += "</g>"
     return f'<a href="{escape(box["href"])}">{out}</a>' if box["href"] else out
+
+
+def standalone(svg: Markup, margin: int = 14) -> str:
+    """A picture of the chain as a file of its own: with colours for light and dark, a background, no links."""
+    plain = re.sub(r"</?a\b[^>]*>", "", str(svg))
+    head, body = plain.split(">", 1)
+    width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', head).groups())
+    wide, high = width + 2 * margin, height + 2 * margin
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} {-margin} {wide:.0f} {high:.0f}" '
+        f'width="{wide:.0f}" height="{high:.0f}" role="img"><style>{STYLE}</style>'
+        f'<rect class="paper" x="{-margin}" y="{-margin}" width="{wide:.0f}" height="{high:.0f}" rx="10"/>{body}\n'
+    )

@@ -16,22 +16,26 @@ STYLE = (
     ".mid{text-anchor:middle}.grid{stroke:#e4e6e8;fill:none}.line{fill:none;stroke-width:1.8}.even{stroke:#737c86;"
     "stroke-dasharray:4 4;fill:none}.whisker{stroke-width:1.2;opacity:.5}.c0{stroke:#1f6f8b}.c1{stroke:#c2682a}"
     ".c2{stroke:#7a5aa6}.dot.c0{fill:#1f6f8b}.dot.c1{fill:#c2682a}.dot.c2{fill:#7a5aa6}.dashed{stroke-dasharray:5 3}"
+    ".thin{stroke-width:1;opacity:.7}.faint{opacity:.35}"
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y, low, high); low and high may be None. A `dashed` line has no dots: a fit."""
+    """Points (x, y, low, high); low and high may be None. A `dashed` line has no dots: a fit. `kind` says how the
+    others are drawn: "full"; "thin", with small dots; "bare", no dots; "cloud", dots alone, faint; "ends", a dashed
+    line between dots that were measured, with nothing known between them."""
 
     name: str
     points: list[tuple[float, float, float | None, float | None]]
     colour: int = 0
     dashed: bool = False
+    kind: str = "full"
 
 
 def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False) -> Markup:
     """One picture with named axes; `even` draws the diagonal y = x, from corner to corner of what both axes hold."""
-    width, height, left, right, top, bottom = 440, 300, 52, 12, 10 + 14 * len(lines), 40
+    width, height, left, right, top, bottom = 440, 286 + 14 * len(lines), 52, 12, 10 + 14 * len(lines), 40
     xs = [point[0] for line in lines for point in line.points]
     ys = [value for line in lines for point in line.points for value in point[1:] if value is not None]
     low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys), max(ys)
@@ -60,18 +64,33 @@ def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False) -
         line = f"M{across(start):.1f} {up(start):.1f}L{across(stop):.1f} {up(stop):.1f}"
         out.append(f'<path class="even" d="{line}"/>')
     for index, line in enumerate(lines):
-        colour, at = f"c{line.colour % 3}", 16 + 14 * index
-        path = "M" + "L".join(f"{across(p[0]):.1f} {up(p[1]):.1f}" for p in line.points)
-        dashed = " dashed" if line.dashed else ""
-        out.append(f'<path class="line {colour}{dashed}" d="{path}"/>')
-        for value, middle, low, high in [] if line.dashed else line.points:
-            if low is not None and high is not None:
-                bar = f"M{across(value):.1f} {up(low):.1f}V{up(high):.1f}"
-                out.append(f'<path class="whisker {colour}" d="{bar}"/>')
-            out.append(f'<circle class="dot {colour}" cx="{across(value):.1f}" cy="{up(middle):.1f}" r="2.4"/>')
-        out.append(f'<path class="line {colour}{dashed}" d="M{left + 6} {at - 4}h18"/>')
-        out.append(f'<text x="{left + 30}" y="{at}">{escape(line.name)}</text>')
+        out += _drawn(line, 16 + 14 * index, left, across, up)
     return Markup("".join(out) + "</svg>")
+
+
+def _drawn(line: Line, at: int, left: int, across, up) -> list[str]:
+    """One line with its whiskers and dots, and its name in the legend at height `at`."""
+    colour, cloud = f"c{line.colour % 3}", line.kind == "cloud"
+    style = " dashed" if line.dashed or line.kind == "ends" else " thin" if line.kind == "thin" else ""
+    path, out = "M" + "L".join(f"{across(p[0]):.1f} {up(p[1]):.1f}" for p in line.points), []
+    if not cloud:
+        out.append(f'<path class="line {colour}{style}" d="{path}"/>')
+    for value, middle, low, high in [] if line.dashed or line.kind == "bare" else line.points:
+        if low is not None and high is not None:
+            bar = f"M{across(value):.1f} {up(low):.1f}V{up(high):.1f}"
+            out.append(f'<path class="whisker {colour}" d="{bar}"/>')
+        radius = {"cloud": 2, "ends": 4, "thin": 1.8}.get(line.kind, 2.4)
+        faint = " faint" if cloud else ""
+        out.append(
+            f'<circle class="dot {colour}{faint}" cx="{across(value):.1f}" cy="{up(middle):.1f}" r="{radius}"/>'
+        )
+    if cloud:
+        out += [f'<circle class="dot {colour} faint" cx="{left + x}" cy="{at - 4}" r="2"/>' for x in (9, 15, 21)]
+    else:
+        out.append(f'<path class="line {colour}{style}" d="M{left + 6} {at - 4}h18"/>')
+    if line.kind == "ends":
+        out.append(f'<circle class="dot {colour}" cx="{left + 15}" cy="{at - 4}" r="3"/>')
+    return [*out, f'<text x="{left + 30}" y="{at}">{escape(line.name)}</text>']
 
 
 def standalone(svg: Markup) -> str:

@@ -10,16 +10,17 @@ from xml.etree import ElementTree
 
 import pytest
 
-from posttrain import figures
+from posttrain import curves, figures
+from posttrain.curves import Panel, panels
 from posttrain.errors import UserError
-from posttrain.report import gains_table, panels, read_run, visible, write_report
+from posttrain.report import gains_table, read_run, visible, write_report
 
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)></pre></style><a href="javascript:alert(3)">x</a>
 <svg onload=alert(4)>{{ 7*7 }} {% raw %} &lt; "'><iframe src=//evil.example></iframe>\x1b[31m\x00 \ud800"""
 
 
 TAGS = """html head meta title style body main header section footer p h1 h2 h3 ul li b span div pre code a br table
-thead tbody tr th td figure figcaption details summary svg path text circle rect g"""
+thead tbody tr th td nav figure figcaption details summary svg path text circle rect g"""
 ALLOWED = set(TAGS.split())
 
 
@@ -294,16 +295,16 @@ def test_panels_group_rank_and_count():
     ]
     log += [{"step": 3, "eval_loss": 0.4, "loss": math.nan}, {"step": 2, "eval_loss": 0.5, "kl": 7}]
     drawn, single = panels(log)
-    assert [panel["name"] for panel in drawn] == ["loss", "kl", "learning_rate", "time"]
-    assert drawn[0]["lines"] == {"loss": [(1, 1.0), (2, 0.5)], "eval_loss": [(2, 0.5), (3, 0.4)]}
-    assert drawn[0]["skipped"] == 1 and single == {"lr": 1.0}
-    assert drawn[1]["lines"]["kl"] == [(1, 1), (2, 7), (3, 3)]  # logged twice: the later value
+    assert [panel.name for panel in drawn] == ["loss", "kl", "learning_rate", "time"]
+    assert drawn[0].lines == {"loss": [(1, 1.0), (2, 0.5)], "eval_loss": [(2, 0.5), (3, 0.4)]}
+    assert drawn[0].skipped == 1 and single == {"lr": 1.0}
+    assert drawn[1].lines["kl"] == [(1, 1), (2, 7), (3, 3)]  # logged twice: the later value
 
 
 def test_long_curves_keep_their_spikes():
     points = [(step, 1.0 + 0.1 * (step % 2)) for step in range(5000)]
     points[3210] = (3210, 9.0)
-    picture = figures.curves("reward", {"reward": points})
+    picture = curves.curves(Panel("reward", lines={"reward": points}))
     tops = [float(y) for path in re.findall(r'd="M([^"HV]+)"', picture) for y in re.findall(r" (\d+\.\d)", path)]
     assert len(picture) < 40_000 and min(tops) < 20  # the top of the panel
 
