@@ -7,6 +7,7 @@
     posttrain doctor runs/tiny
     posttrain chat runs/tiny/grpo [--prompt TEXT]
     posttrain complete runs/tiny/pretrain --prompt TEXT [--n 3] [--few_shot FILE] [--probs]
+    posttrain board runs/tiny [MODEL ...] [--port 7860]
     posttrain serve runs/tiny/sft [--port 8000]
     posttrain eval runs/tiny/reward --data tiny --data_config rankings [--json FILE]
     posttrain eval runs/tiny/pretrain --suite tiny | --tasks A,B | --regurgitation ... [--json FILE]
@@ -22,6 +23,7 @@ user can mend, 128 + n after signal n.
 
 import argparse
 
+from posttrain.board.app import add_verb as add_board
 from posttrain.board.rating_view import add_verb as add_ratings
 from posttrain.complete import add_verb as add_complete
 from posttrain.errors import entry
@@ -91,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
     _add_doctor(verbs, debug)
     _add_chat(verbs, debug)
     add_complete(verbs, debug)
+    add_board(verbs, debug)
     add_serve(verbs, debug)
     add_eval(verbs, debug)
     add_ratings(verbs, debug)

@@ -131,7 +131,7 @@ async def _body(scope, receive) -> bytes:
 
 
 def _again(body: bytes, receive):
-    """A `receive` that gives the whole body first; then it waits, as the server's own does, for the client to leave."""
+    """A `receive` that gives the whole body first; then it waits, as the server's does, for the client to leave."""
     given = False
 
     async def first_the_body():

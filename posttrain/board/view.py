@@ -9,9 +9,11 @@ from collections.abc import Iterable
 
 from markupsafe import Markup, escape
 
+from posttrain.chat import control_tokens
 from posttrain.complete_view import Scored, classes, title
+from posttrain.conversations import PROBE_ROW, Conversation, token_reader
 from posttrain.serve import printable
-from posttrain.xray import ROLES, Token
+from posttrain.xray import ROLES, Token, token_roles
 from posttrain.xray_text import runs, sentence
 
 LONGEST = 4000  # tokens of one passage on the page
@@ -22,6 +24,17 @@ def said(text: str) -> Markup:
     return escape(printable(str(text)))
 
 
+def heading(run: str, entries: Iterable, apart: list[str]) -> str:
+    """The run's name, its models in the order of their making, and what is no model that replies."""
+    stages = " → ".join(entry.name for entry in entries)
+    left = f"not here: {', '.join(apart)}" if apart else ""
+    return str(
+        Markup('<header class="head"><h1>{}</h1><span>{}</span><span>{}</span></header>').format(
+            said(run), said(stages), said(left)
+        )
+    )
+
+
 def note(text: str, kind: str = "note") -> Markup:
     """A line of the board's own; `kind` "error" for what went wrong."""
     role = ' role="alert"' if kind == "error" else ""
@@ -29,11 +42,17 @@ def note(text: str, kind: str = "note") -> Markup:
 
 
 def message(who: str, text: str, role: str, *, remark: str = "", writing: bool = False) -> Markup:
-    """One message of a conversation. `role`: "user", "assistant", "completion" or "system"; `writing`: more will
-    come."""
+    """One message of a conversation. `role`: "user" or "assistant"; `writing`: more will come."""
     return Markup('<article class="message {}"{}><h4>{}</h4><div class="said" dir="auto">{}</div>{}</article>').format(
         role, Markup(' aria-busy="true"' if writing else ""), said(who), said(text), note(remark)
     )
+
+
+def completion(who: str, text: str, more: str, *, remark: str = "", writing: bool = False) -> Markup:
+    """A text and how a base model goes on with it: one text, the given part in grey."""
+    return Markup(
+        '<article class="message completion"{}><h4>{}</h4><div class="said" dir="auto"><em>{}</em>{}</div>{}</article>'
+    ).format(Markup(' aria-busy="true"' if writing else ""), said(who), said(text), said(more), note(remark))
 
 
 def talk(messages: Iterable[Markup], empty: str, error: str = "") -> str:
@@ -65,6 +84,27 @@ def by_role(tokens: list[Token], name: str, remark: str) -> Markup:
         cells = Markup("").join(_token(token) for token in run)
         parts.append(Markup('<div class="turn {0}"><h5>{0}</h5><div>{1}</div></div>').format(role, cells))
     return _section(name, remark, Markup("").join(parts), len(tokens))
+
+
+def conversation(tokenizer, messages: list[dict], ids: list[int], mask: list[int], opened: bool) -> list[Token]:
+    """`ids`, which render `messages`, with their roles; `mask`: 1 = marked, one an id; `opened`: a reply's beginning
+    stands at the end."""
+    control, read = control_tokens(tokenizer), token_reader(tokenizer)
+    roles = token_roles(tokenizer, Conversation(PROBE_ROW, messages, ids, opened=opened))
+    return [Token(read(id), id, role, bool(m), id in control) for id, role, m in zip(ids, roles, mask, strict=True)]
+
+
+def prompt(tokenizer, messages: list[dict], ids: list[int]) -> Markup:
+    """The tokens that a chat model is given: `messages` rendered, and what opens its reply."""
+    tokens = conversation(tokenizer, messages, ids, [0] * len(ids), opened=True)
+    return by_role(tokens, "Prompt", f"{len(ids)} tokens, as the chat template renders it")
+
+
+def plain(tokenizer, ids: list[int], remark: str) -> Markup:
+    """A text's tokens over their ids."""
+    read = token_reader(tokenizer)
+    cells = Markup("").join(_token(Token(read(id), id, "other", False, False)) for id in ids[:LONGEST])
+    return _section("Tokens", remark, cells, len(ids))
 
 
 def _token(token: Token) -> Markup:
