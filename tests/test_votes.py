@@ -57,7 +57,7 @@ def test_a_vote_is_a_ranking_row_with_its_circumstances(tmp_path, tokenizer):
 def test_skips_and_cancelled_votes_are_not_learned_from(tmp_path):
     votes = Votes(tmp_path)
     first, second = votes.vote(ITEM, [0, 1, 2]), votes.vote(ITEM, [2, 1, 0])
-    votes.skip(ITEM, comment="none is an answer")
+    votes.skip(ITEM, "all wrong", comment="none is an answer")
     votes.cancel(second)
     assert [row["id"] for row in trained_on(tmp_path)] == [first] == [vote["id"] for vote in votes.read()]
     assert [line["event"] for line in lines(tmp_path / "votes.log")] == ["vote", "vote", "skip", "cancel"]
@@ -95,7 +95,7 @@ def test_what_is_no_ranking_is_refused(tmp_path, places):
 
 def test_long_comments_and_links_are_refused(tmp_path):
     with pytest.raises(UserError, match="comment: 2,001 characters"):
-        Votes(tmp_path / "a").skip(ITEM, comment="x" * 2001)
+        Votes(tmp_path / "a").skip(ITEM, "unclear", comment="x" * 2001)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/votes.log").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="symbolic link"):
@@ -114,7 +114,7 @@ def test_a_cut_last_line_is_set_aside_and_said(tmp_path):
         assert (tmp_path / "votes.cut").read_bytes().endswith(whole[:cut] + b"\n")
         assert [row["id"] for row in trained_on(tmp_path)] == [kept]
     (tmp_path / "votes.log").write_bytes(whole + whole[:9])
-    votes.skip(ITEM)  # another process died while this one was open
+    votes.skip(ITEM, "unclear")  # another process died while this one was open
     assert [line["event"] for line in lines(tmp_path / "votes.log")] == ["vote", "skip"] and votes.notes
     (tmp_path / "votes.log").write_bytes(whole[:-1])  # only the line end is missing: nothing is lost
     assert Votes(tmp_path).read()[0]["id"] == kept and (tmp_path / "votes.log").read_bytes() == whole

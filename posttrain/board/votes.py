@@ -35,7 +35,7 @@ MOST_CHARS = {"comment": 2000, "labeller": 80}
 SHOWN = ("prompt", "shown", "seed", "settings", "source", "labeller", "comment", "seconds")
 NEEDED = {  # kind of a line -> its keys
     "vote": ("id", "created", "places", *SHOWN),
-    "skip": ("id", "created", *SHOWN),
+    "skip": ("id", "created", "reason", *SHOWN),
     "cancel": ("id", "created", "cancels"),
 }
 
@@ -103,9 +103,9 @@ class Votes:
         event = item.facts() | {"places": [order.index(place) for place in places]}
         return self._append("vote", event | _said(labeller, comment, seconds))
 
-    def skip(self, item: Item, *, labeller: str = "", comment: str = "", seconds=None) -> str:
-        """Store that this was left unranked, and why (`comment`); returns its id."""
-        return self._append("skip", item.facts() | _said(labeller, comment, seconds))
+    def skip(self, item: Item, reason: str, *, labeller: str = "", comment: str = "", seconds=None) -> str:
+        """Store that this was left unranked, and why; returns its id. UserError for texts that are too long."""
+        return self._append("skip", item.facts() | {"reason": reason} | _said(labeller, comment, seconds))
 
     def cancel(self, vote: str) -> str:
         """Take a vote back by a line that cancels it; returns the line's id. UserError where no such vote stands."""
