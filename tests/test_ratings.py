@@ -50,7 +50,7 @@ def test_published_strengths_of_baseball_teams():
     theta, nu = fit(BASEBALL, np.zeros_like(BASEBALL), math.inf)
     assert np.round(theta - theta[-1], 2).tolist() == list(PRINTED) and nu == 0
     pulled, _ = fit(BASEBALL, np.zeros_like(BASEBALL))
-    assert np.abs(pulled - theta).max() < 0.02  # the default prior hardly shows
+    assert np.abs(pulled - theta).max() < 0.03  # the default prior hardly shows
 
 
 def test_as_logistic_regression_with_the_same_prior():
@@ -163,7 +163,7 @@ def test_the_verb_prints_the_table(tmp_path, capsys):
     votes.cancel(last)
     assert command(["ratings", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
-    assert said.index("grpo") < said.index("sft") and "3 votes on 3 prompts" in said
+    assert said.index("grpo") < said.index("sft") and "3 votes, 3 prompts, 3 pairs" in said
     assert command(["ratings", str(tmp_path / "run" / "votes")]) == 0 and capsys.readouterr().out == said
 
 

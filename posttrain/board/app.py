@@ -1,4 +1,4 @@
-"""`posttrain board RUN`: chat with every stage of a run, compare them, look at their tokens, in the browser.
+"""`posttrain board RUN`: chat with every stage of a run, compare and rank them, look at their tokens, in the browser.
 
 In: the folder of a run, and any number of other models. Out: one page on 127.0.0.1 until Ctrl-C.
 Run: posttrain board runs/tiny
@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from posttrain.board import guard
+from posttrain.board import arena_flags, guard
 from posttrain.board.stages import KEEP, Pool, find, in_run
 from posttrain.errors import UserError
 
@@ -25,7 +25,7 @@ MOST_WAITING = 32  # requests in the queue of each kind
 
 def add_verb(verbs, debug) -> None:
     """The verb `board` and its flags."""
-    verb = verbs.add_parser("board", parents=[debug], help="chat, compare, look at tokens, in the browser")
+    verb = verbs.add_parser("board", parents=[debug], help="chat, compare, rank, look at tokens, in the browser")
     verb.set_defaults(call=run)
     verb.add_argument("run", metavar="RUN", help="folder of a run, e.g. runs/tiny, or a model")
     verb.add_argument("models", metavar="MODEL", nargs="*", help="more runs, folders or names on the Hub")
@@ -35,6 +35,7 @@ def add_verb(verbs, debug) -> None:
         "--allow-host", metavar="NAME", action="append", default=[],
         help="with another --host: a name that browsers reach it by; can be given several times",
     )  # fmt: skip
+    arena_flags.add_flags(verb)
     verb.add_argument("--keep", type=int, default=KEEP, help="models in memory at once; default: %(default)s")
 
 
@@ -46,7 +47,8 @@ def run(options) -> int:
     apart = [f"{Path(stage).name} ({why})" for path in paths for stage, why in in_run(path) if why]
     listener = listen(options.host, options.port)
     port = listener.getsockname()[1]
-    blocks = build(pool, options.run, apart)
+    votes, prompts = arena_flags.opened(options, pool.entries.values())
+    blocks = build(pool, options.run, apart, votes, prompts)
     application = guard.Guard(mounted(blocks), guard.hosts(options.host, port, tuple(options.allow_host)))
     if warning:
         print(warning, file=sys.stderr, flush=True)
@@ -54,8 +56,10 @@ def run(options) -> int:
     print(f"{len(pool.names)} models: {', '.join(pool.names)}", flush=True)
     if apart:
         print(f"left out: {', '.join(apart)}", flush=True)
+    for said in votes.notes:
+        print(said, file=sys.stderr, flush=True)
     threading.Thread(target=warm, args=(pool,), daemon=True).start()
-    serve(application, listener, f"http://{name}:{port}")
+    server(application, f"http://{name}:{port}").run(sockets=[listener])
     return 0
 
 
@@ -87,15 +91,18 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build(pool: Pool, title: str, apart: list[str]):
-    """The page: a tab a room. Raises UserError where Gradio is not installed."""
+def build(pool: Pool, title: str, apart: list[str], votes, prompts=None):
+    """The page: a tab a room; the arena's votes go to `votes`, its prompts come from `prompts`.
+
+    Raises UserError where Gradio is not installed.
+    """
     # Before Gradio is imported: it would ask its makers' server for news.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio as gr
     except ImportError as error:
         raise UserError("the board needs Gradio: pip install 'posttrain[board]'") from error
-    from posttrain.board import chat_room, side_room, view, xray_room
+    from posttrain.board import arena_room, chat_room, side_room, view, xray_room
 
     name = Path(title).resolve().name if Path(title).is_dir() else title
     with gr.Blocks(title=f"{name} · posttrain board", analytics_enabled=False) as blocks:
@@ -104,6 +111,8 @@ def build(pool: Pool, title: str, apart: list[str]):
             chat_room.room(pool)
         with gr.Tab("Side by side"):
             side_room.room(pool)
+        with gr.Tab("Arena"):
+            arena_room.room(pool, votes, prompts)
         with gr.Tab("Token X-ray"):
             xray_room.room(pool)
     blocks.queue(max_size=MOST_WAITING, default_concurrency_limit=4, api_open=False)
@@ -136,8 +145,8 @@ def warm(pool: Pool) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
 
 
-def serve(application, listener: socket.socket, url: str) -> None:
-    """Answer requests until a signal comes."""
+def server(application, url: str):
+    """A uvicorn server that says `url` once it answers, and runs until a signal or `should_exit`."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -149,4 +158,4 @@ def serve(application, listener: socket.socket, url: str) -> None:
         application, log_level="warning", ws="none", limit_concurrency=MOST_CONNECTIONS, server_header=False,
         timeout_graceful_shutdown=1, h11_max_incomplete_event_size=64 * 1024,
     )  # fmt: skip
-    Server(config).run(sockets=[listener])
+    return Server(config)

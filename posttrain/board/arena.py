@@ -10,7 +10,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from posttrain.board.stages import MOST_CHARACTERS, Entry, Pool, Settings
 from posttrain.board.votes import MOST_REPLIES, Item, Votes
@@ -36,27 +35,6 @@ class Prompts:
             index = min(range(len(self.rows)), key=self.asked.__getitem__)
             self.asked[index] += 1
             return self.rows[index]
-
-
-def add_flags(verb) -> None:
-    """The arena's flags of `posttrain board`."""
-    verb.add_argument("--votes", metavar="DIR", help="where the arena's votes go; default: RUN/votes")
-    verb.add_argument("--prompts", metavar="NAME", help="the arena draws from these rows: as dataset_name in a config")
-    verb.add_argument("--prompts_config", metavar="NAME", help="as dataset_config")
-    verb.add_argument("--prompts_adapter", metavar="NAME", help="as dataset_adapter")
-    verb.add_argument(
-        "--prompts_split", default="test", metavar="SPLIT", help="default: %(default)s, held-out prompts"
-    )
-
-
-def opened(options, entries: list[Entry]) -> tuple[Votes, Prompts | None]:
-    """The votes' folder and the prompts that the flags name. Raises UserError where one of them will not do."""
-    votes = Votes(options.votes or (Path(options.run) if Path(options.run).is_dir() else Path()) / "votes")
-    if options.prompts is None:
-        return votes, prompts_of(entries, options.prompts_split, votes)
-    kinds = {"dataset_config": options.prompts_config, "dataset_adapter": options.prompts_adapter}
-    data = DataConfig(dataset_name=options.prompts, max_rows=MOST_PROMPTS, **kinds)
-    return votes, load_prompts(data, options.prompts_split, 0, votes)
 
 
 def load_prompts(data: DataConfig, split: str, seed: int, votes: Votes) -> Prompts:

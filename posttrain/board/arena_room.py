@@ -34,7 +34,7 @@ Truthful and harmless come before helpful, unless the harm is small and the help
 - **Refusals**: right where helping would do harm, and best if they say why. Where nothing speaks against helping, a
   refusal stands below every reply that honestly tries.
 - **Length**: a reply is not better because it is longer, nor because it is shorter. What counts is what it gives.
-- **Skip** what you cannot judge, and say why. If all are bad, rank them all the same: the least bad first.
+- **Bad replies** are ranked, too: the least bad first. **Skip** only what you cannot judge, and say why.
 """
 REASONS = ["I cannot judge this", "The prompt makes no sense", "The replies are all the same", "Something else"]
 NOBODY = {"prompt": "", "replies": [], "places": [], "open": False}
@@ -76,6 +76,21 @@ def room(pool: Pool, votes: Votes, prompts: arena.Prompts | None = None) -> None
                 ask = gr.Button("Ask", variant="primary", min_width=80)
                 draw = gr.Button("Draw a prompt", visible=prompts is not None, min_width=120)
                 stop = gr.Button("Stop", visible=False, min_width=80)
+            status = gr.HTML(str(note(_count(votes))), elem_id="arena-status", apply_default_css=False)
+            cards = gr.HTML(
+                NOBODY, html_template=rank_cards.HTML, css_template=rank_cards.CSS, js_on_load=rank_cards.SCRIPT,
+                apply_default_css=False, elem_id="arena-cards",
+            )  # fmt: skip
+            with gr.Row():
+                comment = gr.Textbox(
+                    label="Comment", max_length=MOST_CHARS["comment"], scale=3, elem_id="arena-comment"
+                )
+                labeller = gr.Textbox(label="Your name, if you like", max_length=MOST_CHARS["labeller"], scale=1)
+            with gr.Row():
+                vote = gr.Button("Vote", variant="primary", interactive=False, min_width=120)
+                undo = gr.Button("Undo my last vote", interactive=False, min_width=120)
+                skip = gr.Button("Skip", interactive=False, min_width=120)
+                reason = gr.Dropdown(REASONS, value=REASONS[0], label="If you skip: why", min_width=200)
         with gr.Column(scale=1, min_width=260):
             chat = [name for name, entry in pool.entries.items() if not entry.is_base] or pool.names
             names = gr.Dropdown(
@@ -84,19 +99,6 @@ def room(pool: Pool, votes: Votes, prompts: arena.Prompts | None = None) -> None
             num = gr.Slider(2, MOST_REPLIES, min(4, max(2, len(chat))), step=1, label="Replies")
             with gr.Accordion("Sampling", open=False):
                 how = controls.settings(system=False)
-    status = gr.HTML(str(note(_count(votes))), elem_id="arena-status", apply_default_css=False)
-    cards = gr.HTML(
-        NOBODY, html_template=rank_cards.HTML, css_template=rank_cards.CSS, js_on_load=rank_cards.SCRIPT,
-        apply_default_css=False, elem_id="arena-cards",
-    )  # fmt: skip
-    with gr.Row():
-        comment = gr.Textbox(label="Comment", max_length=MOST_CHARS["comment"], scale=3, elem_id="arena-comment")
-        labeller = gr.Textbox(label="Your name, if you like", max_length=MOST_CHARS["labeller"], scale=1)
-    with gr.Row():
-        vote = gr.Button("Vote", variant="primary", interactive=False, min_width=120)
-        undo = gr.Button("Undo my last vote", interactive=False, min_width=120)
-        skip = gr.Button("Skip", interactive=False, min_width=120)
-        reason = gr.Dropdown(REASONS, value=REASONS[0], label="If you skip: why", min_width=200)
     told = [status, cards, vote, skip, undo, stop]
     asked = {"concurrency_id": "sampling", "show_progress": "hidden", "api_visibility": "private"}
     given = [ballot, names, num, *how]
@@ -109,7 +111,8 @@ def room(pool: Pool, votes: Votes, prompts: arena.Prompts | None = None) -> None
     skip.click(desk.skip, [ballot, reason, comment, labeller], [*told, comment], **one)
     undo.click(desk.undo, ballot, told, **one)
     with gr.Accordion("Ratings", open=False):
-        refresh, ratings = gr.Button("Count the votes"), gr.HTML()
+        refresh = gr.Button("Count the votes")
+        ratings = gr.HTML(css_template=rating_view.CSS, apply_default_css=False)
     refresh.click(lambda: _ratings(votes), None, ratings, **quick)
 
 
@@ -216,7 +219,8 @@ def _count(votes: Votes) -> str:
     counts = votes.counts()
     left = counts["standing"] - counts["rows"]
     unusable = f" {left} of them hold an empty reply and are rated, not learned from." if left else ""
-    return f"{counts['standing']} votes stand in {votes.folder}.{unusable}"
+    number = counts["standing"]
+    return f"{number} vote{' stands' if number == 1 else 's stand'} in {votes.folder}.{unusable}"
 
 
 def _ratings(votes: Votes) -> str:

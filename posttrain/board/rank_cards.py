@@ -94,6 +94,8 @@ function drag(card, index, event) {
   handle.setPointerCapture(event.pointerId);
   card.classList.add('held');
   const follow = e => {
+    const edge = e.clientY < 60 ? -12 : e.clientY > innerHeight - 60 ? 12 : 0;
+    if (edge) scrollBy(0, edge);
     const others = [...list.children].filter(other => other !== card);
     const next = others.find(other => {
       const box = other.getBoundingClientRect();

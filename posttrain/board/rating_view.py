@@ -16,6 +16,14 @@ BIASES = {  # figure -> what it says
     "longer": "decided pairs won by the longer reply",
     "first": "decided pairs won by the reply shown first",
 }
+CSS = """
+.ratings { color: var(--body-text-color); padding: .5rem; }
+.ratings table { border-collapse: collapse; margin: .5rem 0; }
+.ratings th, .ratings td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid
+  var(--border-color-primary); font-variant-numeric: tabular-nums; white-space: nowrap; }
+.ratings th[scope="row"] { text-align: left; }
+.ratings ul { opacity: .8; margin: .5rem 0; padding-left: 1.25rem; list-style: disc; }
+"""
 
 
 def add_verb(verbs, debug) -> None:
@@ -48,14 +56,14 @@ def find_votes(path: str):
 
 
 def _remarks(found: dict) -> list[str]:
-    said = [f"{found['votes']} votes on {found['prompts']} prompts, {found['pairs']} pairs of stages"]
+    said = [", ".join(_counted(found[key], key[:-1]) for key in ("votes", "prompts", "pairs"))]
     if len(found["groups"]) > 1:
         groups = " | ".join(", ".join(group) for group in found["groups"])
         said.append(f"these were never compared with each other, so that only ratings within a group count: {groups}")
     for key, words in BIASES.items():
         if share := found[key]:
             value, interval = figures.measure(share, "%")
-            said.append(f"{words}: {value} {interval} of {share['n']}; without such a bias the stages alone decide")
+            said.append(f"{words}: {value} {interval if found['prompts'] > 1 else ''} of {share['n']}")
     return said
 
 
@@ -134,6 +142,10 @@ def ratings_picture(models: list[dict]) -> Markup:
 def _points(rating: dict) -> tuple[str, str]:
     low, high = rating["low"], rating["high"]
     return f"{rating['value']:.0f}", "" if low is None else f"[{low:.0f}, {high:.0f}]"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def _percent(share: float | None) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 
 POINTS = 400 / np.log(10)  # Elo points of a unit of theta: 400 points are odds of 10 to 1 (Elo 1978)
 MEAN = 1000.0  # of all stages
-PRIOR = 3.0  # standard deviation of theta, 521 points
+PRIOR = 2.0  # standard deviation of theta, 347 points
 RESAMPLES = 1000
 
 
