@@ -3,7 +3,7 @@
     posttrain run recipes/tiny [--out DIR] [--from STAGE | --only STAGE] [--set KEY=VALUE] [--seeds 0 1 2] [--dry-run]
     posttrain inspect --config recipes/tiny/sft.yaml [--KEY VALUE ...] [--rows N] [--html FILE] [--against TOKENIZER]
     posttrain forecast recipes/tiny/pretrain.yaml [--KEY VALUE ...] [--price DOLLARS] [--gpus N] [--no-measure]
-    posttrain report runs/tiny
+    posttrain report runs/tiny [--against runs/other] [--price DOLLARS] [--picture FILE.svg]
     posttrain doctor runs/tiny
     posttrain chat runs/tiny/grpo [--prompt TEXT]
     posttrain complete runs/tiny/pretrain --prompt TEXT [--n 3] [--few_shot FILE] [--probs]
@@ -12,9 +12,12 @@
     posttrain eval runs/tiny/reward --data tiny --data_config rankings [--json FILE]
     posttrain eval runs/tiny/pretrain --suite tiny | --tasks A,B | --regurgitation ... [--json FILE]
     posttrain ratings runs/tiny
+    posttrain push runs/tiny/grpo --repo user/name [--public] [--license NAME] [--dry_run]
     posttrain bestof --model runs/tiny/sft --reward runs/tiny/reward --n 16 --data tiny --data_config prompts
     posttrain attack-reward my_rewards.short [--options KEY=VALUE ...] [--tokenizer PATH] [--timeout S]
     posttrain template list | show NAME | check FILE [--tokenizer PATH] | diff A B
+    posttrain export MODEL --format gguf|merged [--dtype f32|f16|bf16|q8_0] [--out DIR]
+    posttrain check-export MODEL GGUF [--engines hf vllm gguf]
     posttrain env
 
 In: command-line arguments. Out: what the verb prints; exit code 0, 1 where a check found faults, 2 for an error the
@@ -25,11 +28,15 @@ import argparse
 
 from posttrain.board.app import add_verb as add_board
 from posttrain.board.rating_view import add_verb as add_ratings
+from posttrain.check_export import add_verb as add_check_export
 from posttrain.complete import add_verb as add_complete
 from posttrain.errors import entry
 from posttrain.eval_verb import add_verb as add_eval
+from posttrain.export import add_verb as add_export
 from posttrain.forecast import add_verb as add_forecast
 from posttrain.forecast import call as call_forecast
+from posttrain.hub import add_verb as add_push
+from posttrain.report_verb import add_verb as add_report
 from posttrain.serve_engine import add_verb as add_serve
 
 
@@ -86,16 +93,16 @@ def parser() -> argparse.ArgumentParser:
     add_inspect(verbs, debug)
     add_forecast(verbs, debug)
 
-    report = verbs.add_parser("report", parents=[debug], help="write report.html of a run again and print the gains")
-    report.set_defaults(call=call_report)
-    report.add_argument("run", metavar="RUN", help="folder of a run, e.g. runs/tiny")
-
+    add_report(verbs, debug)
     _add_doctor(verbs, debug)
     _add_chat(verbs, debug)
     add_complete(verbs, debug)
     add_board(verbs, debug)
     add_serve(verbs, debug)
     add_eval(verbs, debug)
+    add_push(verbs, debug)
+    add_export(verbs, debug)
+    add_check_export(verbs, debug)
     add_ratings(verbs, debug)
     _add_bestof(verbs, debug)
     _add_attack(verbs, debug)
@@ -221,17 +228,6 @@ def call_doctor(options: argparse.Namespace) -> int:
     from posttrain import doctor
 
     print(doctor.tell(options.run))
-    return 0
-
-
-def call_report(options: argparse.Namespace) -> int:
-    from pathlib import Path
-
-    from posttrain import report
-
-    run = Path(options.run)
-    path = report.write_report(run)
-    print(f"{report.gains_table(run)}\n\nreport  {path}")
     return 0
 
 

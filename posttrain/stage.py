@@ -18,19 +18,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from posttrain import args, checkpoint, trackers, yaml_file
+from posttrain import args, card, checkpoint, hub, trackers, yaml_file
 from posttrain.args import arg
 from posttrain.conditions import known
 from posttrain.errors import UserError
+from posttrain.licenses import known_license
+from posttrain.manifests import RUN, STAGE, ask_hub, describe_parents, read_manifest
 from posttrain.provenance import file_sha256s, git_commit, machine, versions
 
 # Keys that change what is printed or kept, never what is computed: a resumed or finished stage may differ in them.
 FREE_KEYS = {"output_dir", "resume", "overwrite", "logging_steps", "save_total_limit", "keep_checkpoints"}
 FREE_KEYS |= {"report_to", "run_name", "tracker_project"}
+FREE_KEYS |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "license"}
 FREE_KEYS |= {"executor", "workers", "slurm", "ray"}  # where cleaning runs
 FREE_KEYS |= {"shards_dir", "shard_workers"}  # where tokens are, and who makes them
 WORKING = ("checkpoints", "tokens")  # folders that nobody needs once the stage has finished
-RUN, STAGE, CONFIG, LOG = "run.json", "stage.json", "config.yaml", "log.jsonl"
+CONFIG, LOG = "config.yaml", "log.jsonl"
 
 
 @dataclass
@@ -51,71 +54,24 @@ class StageConfig:
     report_to: list[str] = arg(["none"], help="beside log.jsonl: none, or some of trackio, wandb, tensorboard")
     run_name: str | None = arg(None, help="the run's name in these trackers; none = from output_dir")
     tracker_project: str = arg("posttrain", help="the project's name in these trackers")
+    push_to_hub: bool = arg(False, help="push the finished stage to the Hugging Face Hub; checked before training")
+    hub_model_id: str | None = arg(None, help="user/name there; none = your name / the last two parts of output_dir")
+    hub_private_repo: bool = arg(True, help="whether a repository that this makes can be seen by you alone")
+    hub_token: str | None = arg(None, help="never given here: HF_TOKEN or `hf auth login` gives it")
+    license: str | None = arg(None, help="the model's licence, as the Hub names it; none = its base model's")
 
     def __post_init__(self):
+        if self.hub_token is not None:
+            raise UserError(
+                "hub_token: found a value, expected none: a config is stored in the stage's folder, token and all. "
+                "Run `hf auth login` or set HF_TOKEN, and revoke a token that stood in a file"
+            )
+        known_license("license", self.license)
         trackers.chosen(self.report_to)
         if self.resume not in ("auto", "must", "never"):
             raise UserError(f"resume: found {self.resume!r}, expected auto, must or never")
         args.at_least(self, save_steps=0, save_total_limit=1, logging_steps=1)
         known(self.allow)
-
-
-def read_manifest(path: str | Path) -> dict | None:
-    """The manifest of a finished stage, or None where `path` is no stage folder. UserError where it is unreadable."""
-    file = Path(path) / STAGE
-    if not file.is_file():
-        return None
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}): run that stage again with --overwrite true") from error
-    if manifest.get("status") != "finished":
-        raise UserError(
-            f"{file}: status is {manifest.get('status')!r}, expected 'finished': run that stage to its end"
-        )
-    return manifest
-
-
-def describe_parents(parents: dict[str, str], planned=()) -> dict[str, dict]:
-    """role -> {"path", "stage", "sha256", "tokenizer_sha256"}; UserError for a stage that is missing or unfinished.
-
-    `planned` holds output folders that earlier stages of a chain will have written (used by dry runs). A path with
-    no local folder is taken as a name on the Hub and left to the loader.
-    """
-    described = {}
-    for role, path in parents.items():
-        folder = Path(path)
-        if str(path) in set(map(str, planned)):
-            described[role] = {"path": str(path), "stage": "planned", "sha256": None, "tokenizer_sha256": None}
-            continue
-        if folder.is_dir() and ((folder / RUN).is_file() and not (folder / STAGE).is_file()):
-            raise UserError(f"{role}: {path} is an unfinished stage (it has no {STAGE}): run it to its end first")
-        if not folder.is_dir() and (len(folder.parts) != 2 or folder.parent.is_dir() or path.startswith((".", "/"))):
-            raise UserError(
-                f"{role}: no folder {path!r}, and it is no Hub name (user/name): run the stage that writes it"
-            )
-        manifest = read_manifest(folder) or {}
-        hashes = file_sha256s(folder, (STAGE, "tokenizer.json"))
-        described[role] = {
-            "path": str(path),
-            "stage": manifest.get("stage"),
-            "sha256": hashes.get(STAGE),
-            "tokenizer_sha256": hashes.get("tokenizer.json"),
-        }
-    _refuse_tokenizer_mismatch(described)
-    return described
-
-
-def _refuse_tokenizer_mismatch(parents: dict[str, dict]) -> None:
-    """Policy and reward model must read the same token ids: rollouts are passed on as tokens, never as text."""
-    known = {role: p for role, p in parents.items() if p["tokenizer_sha256"]}
-    if len({p["tokenizer_sha256"] for p in known.values()}) > 1:
-        roles = "; ".join(
-            f"{role} {p['path']} has tokenizer {p['tokenizer_sha256'][:12]}" for role, p in known.items()
-        )
-        raise UserError(
-            f"parents have different tokenizers: {roles}. Train the reward model from the policy's own stage"
-        )
 
 
 class Stage:
@@ -130,6 +86,7 @@ class Stage:
         self.gate: dict | None = None  # what posttrain.gate checked, and what it found and was allowed to pass
         self.processes = ""  # how many there are, where, and how they share the model
         self.trackers: trackers.Trackers | None = None
+        self.hub: hub.Target | None = None  # where it is pushed when it has finished
         self._several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self._deferring, self._agreed = False, False
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -249,6 +206,9 @@ class Stage:
         if not self.config["keep_checkpoints"]:
             for name in WORKING:
                 shutil.rmtree(self.output_dir / name, ignore_errors=True)
+        card.write(self.output_dir)
+        if self.hub is not None:
+            hub.push_finished(self.output_dir, self.hub)
 
 
 def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> Stage:
@@ -266,15 +226,20 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     process = processes.join()
     config = args.resolved(*configs)
     trackers.require_installed(trackers.chosen(config["report_to"]))
-    stage = Stage(name, config, describe_parents(parents), data, process.is_main_process)
+    described = ask_hub(describe_parents(parents), {config.get("model_name_or_path"): config.get("model_revision")})
+    stage = Stage(name, config, described, data, process.is_main_process)
     stage.processes = processes.describe(process)
     for path in parents.values():
         checkpoint.verify(Path(path), (read_manifest(path) or {}).get("files", {}))
     found = _look(stage)
+    if config["push_to_hub"] and stage.main:
+        stage.hub = hub.prepare(config)  # no token, or no right to write: known now and not after the training
     process.wait_for_everyone()
     if found == "finished":
         if stage.main:
             print(f"{name}: {stage.output_dir} is finished already with this config (--overwrite true runs it again)")
+            if stage.hub is not None:
+                hub.push_finished(stage.output_dir, stage.hub)
         raise SystemExit(0)
     if found != "resume" and stage.main:
         _make_fresh(stage)

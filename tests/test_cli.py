@@ -20,7 +20,8 @@ def test_help_lists_the_verbs():
     assert result.returncode == 0
     verbs = result.stdout.partition("VERB\n")[2].splitlines()
     names = [line.split()[0] for line in verbs if line[4] != " "]  # a long name stands on a line of its own
-    known = "run inspect forecast report doctor chat complete board serve eval ratings bestof attack-reward template env"
+    known = "run inspect forecast report doctor chat complete board serve eval push export check-export "
+    known += "ratings bestof attack-reward template env"
     assert names == known.split()
 
 
