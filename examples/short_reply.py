@@ -1,6 +1,6 @@
 """A reward of your own: right answers in few words. One function in one file, named by its dotted path.
 
-    accelerate launch recipes/grpo.py --config recipes/tiny/grpo.yaml --output_dir runs/mine/grpo \
+    accelerate launch recipes/grpo.py --config recipes/tiny/grpo.yaml --output_dir runs/examples/short_reply \
         --reward_funcs correct examples.short_reply.short --reward_weights 1.0 0.2
 
 In: TRL's arguments (prompts, completions, completion_ids, and the rows' columns). Out: a number for each completion,

@@ -1,9 +1,10 @@
 """A tool of your own: one function with type hints and a docstring, named by its dotted path.
 
-    accelerate launch recipes/grpo.py --config recipes/tiny/grpo.yaml --output_dir runs/mine/grpo \
-        --chat_template_path chat_templates/chatml_tools.jinja --tools calculator examples.word_count.word_count
+    accelerate launch recipes/grpo.py --config examples/tool_use/grpo.yaml --output_dir runs/examples/word_count \
+        --tools calculator examples.word_count.word_count
 
-In: what the model writes between <tool_call> tags. Out: the text that it reads before it goes on.
+In: what the model writes between <tool_call> tags. Out: the text that it reads before it goes on. The chat model has
+to know of calls: examples/tool_use/sft.yaml comes first.
 """
 
 

@@ -7,6 +7,8 @@ with its place, and what the manifest says of them. `adapted` puts the adapter b
 import difflib
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,9 +122,12 @@ def require_hub_name(name: str) -> None:
 
 
 def load_adapter(name: str):
-    """The adapter under a short name or a dotted path. UserError where there is none."""
+    """The adapter under a short name or a dotted path, which is also looked for in the working directory: under
+    `accelerate launch` that is not on Python's path. UserError where there is none."""
     path = ADAPTERS.get(name, name)
     module, _, function = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
