@@ -91,8 +91,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build(pool: Pool, title: str, apart: list[str], votes, prompts=None):
-    """The page: a tab a room; the arena's votes go to `votes`, its prompts come from `prompts`.
+def build(pool: Pool, title: str, apart: list[str], votes=None, prompts=None):
+    """The page: a tab a room, the arena's where there is a folder of `votes`; it draws from `prompts`.
 
     Raises UserError where Gradio is not installed.
     """
@@ -111,8 +111,9 @@ def build(pool: Pool, title: str, apart: list[str], votes, prompts=None):
             chat_room.room(pool)
         with gr.Tab("Side by side"):
             side_room.room(pool)
-        with gr.Tab("Arena"):
-            arena_room.room(pool, votes, prompts)
+        if votes is not None:
+            with gr.Tab("Arena"):
+                arena_room.room(pool, votes, prompts)
         with gr.Tab("Token X-ray"):
             xray_room.room(pool)
     blocks.queue(max_size=MOST_WAITING, default_concurrency_limit=4, api_open=False)
