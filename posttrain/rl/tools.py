@@ -23,7 +23,10 @@ from posttrain.tools import Tool
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 OPENED = "<tool_call>"
 WORKERS = 16  # answers that are waited for side by side; the sandbox bounds by cores what runs
-MEND = "use --chat_template_path chat_templates/chatml_tools.jinja, which writes <tool_call>{...}</tool_call>"
+MEND = (
+    "train the chat model (recipes/sft.py) with --chat_template_path chat_templates/chatml_tools.jinja, which writes "
+    "<tool_call>{...}</tool_call>"
+)
 
 
 @dataclass(frozen=True)
