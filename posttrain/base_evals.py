@@ -51,6 +51,11 @@ def bits_per_byte(model, tokenizer, texts: list[str], max_length: int) -> dict:
     `max_length` tokens, context included, so a text of fewer tokens is read as a whole. UserError where the tokenizer
     has no begin token, without which a text's first token has no probability.
     """
+    return measured_ratio(*bits_and_bytes(model, tokenizer, texts, max_length), "bits/byte")
+
+
+def bits_and_bytes(model, tokenizer, texts: list[str], max_length: int) -> tuple[list[float], list[int]]:
+    """(bits, bytes) of each text that is not empty, read as `bits_per_byte` reads them."""
     begin, texts = begin_id(tokenizer), list(filter(None, texts))  # an empty one has no bytes
     if begin is None:
         raise UserError("bits per byte: the tokenizer names neither a begin-of-text nor an end-of-text token")
@@ -66,7 +71,7 @@ def bits_per_byte(model, tokenizer, texts: list[str], max_length: int) -> dict:
     bits = [0.0] * len(texts)
     for owner, values in zip(owners, logps, strict=True):
         bits[owner] -= values.sum(dtype=torch.float64).item() / math.log(2)
-    return measured_ratio(bits, [len(text.encode()) for text in texts], "bits/byte")
+    return bits, [len(text.encode()) for text in texts]
 
 
 def _ids(tokenizer, text: str) -> list[int]:

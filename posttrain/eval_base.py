@@ -13,20 +13,25 @@ from posttrain import base_evals
 from posttrain.bestof import Study
 from posttrain.data import DataConfig, load_rows
 from posttrain.errors import UserError
-from posttrain.intervals import measured
+from posttrain.intervals import measured, measured_ratio
 from posttrain.models import load_config
 
 SHOWN = 4  # rows of --few_shot that are shown unless --num_fewshot says otherwise
+MOST_TOKENS = 64  # of an answer to --few_shot unless --max_tokens says otherwise
 TINY_TOKENS = 512  # room for the questions of --suite tiny and their answers
 
 
 @dataclass
 class Found:
-    """What was measured; `more` goes into the JSON file alone."""
+    """What was measured; `more` goes into the JSON file alone. `by_row`: for paired differences, the values behind a
+    figure, of texts or questions in an order that does not depend on the model; `rows` their places."""
 
     metrics: dict[str, dict] = field(default_factory=dict)
     conclusions: list[str] = field(default_factory=list)
     more: dict = field(default_factory=dict)
+    by_row: dict[str, list[float]] = field(default_factory=dict)
+    rows: list[int] = field(default_factory=list)
+    samples: list[dict] = field(default_factory=list)
 
 
 class Subject:
@@ -40,6 +45,7 @@ class Subject:
         # Models without position limit (state space models) have no such key.
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
         self.scratch = tempfile.TemporaryDirectory(prefix="posttrain-eval-")
+        self.study = Study(Path(self.scratch.name), {"seed": self.options.seed}, "eval")
         self.longest = 0  # tokens that the engine needs room for
 
     @cached_property
@@ -47,9 +53,8 @@ class Subject:
         """vLLM or transformers, as --use_vllm says."""
         from posttrain.rl.rollout import EngineConfig, make_engine
 
-        study = Study(Path(self.scratch.name), {"seed": self.options.seed}, "eval")
         config = EngineConfig(use_vllm=self.options.use_vllm)
-        return make_engine(config, self.model, self.tokenizer, min(self.longest, self.context), study)
+        return make_engine(config, self.model, self.tokenizer, min(self.longest, self.context), self.study)
 
 
 def report(options) -> str:
@@ -68,11 +73,12 @@ def report(options) -> str:
 
 def measure(options) -> Found:
     """What the options ask for; flags, files and data are looked at before the model is loaded."""
+    options.split, options.max_tokens = options.split or "test", options.max_tokens or MOST_TOKENS
     tasks, examples, found = harness_settings(options), shown_examples(options), Found()
     wanted = regurgitation_settings(options)
     if not (options.data or options.suite or examples or tasks):
         raise UserError(
-            "nothing to measure: give --data (texts, for bits per byte), --few_shot FILE, --suite tiny, "
+            "nothing to measure: give --suite NAME, --data (texts, for bits per byte), --few_shot FILE, "
             "--regurgitation or --tasks A,B"
         )
     for flag, needed in (("train_data", "data"), ("include_path", "tasks"), ("limit", "tasks")):
@@ -80,11 +86,15 @@ def measure(options) -> Found:
             raise UserError(f"--{flag}: does nothing without --{needed}; add that or leave it out")
     held_out = texts(options, found, "") if options.data else []
     trained = texts(options, found, "train_") if options.train_data else []
+    of_the_world = options.suite == "base" and options.data == "tiny"
+    if of_the_world:
+        held_out = unseen(held_out, options, found)
     subject = Subject(options)
     jobs = [
-        (held_out, 0, lambda: bits(subject, held_out, trained)),
+        (held_out, 0, lambda: bits(subject, held_out, trained, found)),
         (examples, subject.context, lambda: few_shot(subject, examples, found)),
-        (options.suite, TINY_TOKENS, lambda: tiny(subject)),
+        (of_the_world, TINY_TOKENS, lambda: sums(subject, found)),
+        (options.suite == "tiny", TINY_TOKENS, lambda: tiny(subject)),
         (wanted, wanted and wanted.size + 1, lambda: regurgitation(subject, trained, held_out, wanted, found)),
         (tasks, 0, lambda: harness(subject, tasks, found)),
     ]
@@ -92,6 +102,7 @@ def measure(options) -> Found:
     subject.longest = max(longest for longest, _ in asked)
     for _, job in asked:
         found.metrics |= job()
+    found.rows = list(range(max(map(len, found.by_row.values()), default=0)))
     return found
 
 
@@ -118,11 +129,25 @@ def texts(options, found: Found, prefix: str) -> list[str]:
 # --- each measure: name -> figure
 
 
-def bits(subject: Subject, held_out: list[str], trained: list[str]) -> dict:
+def unseen(held_out: list[str], options, found: Found) -> list[str]:
+    """tiny's held-out documents without those that stand in its training documents, too, as pretraining leaves out."""
+    from posttrain.data import tiny as world
+
+    read = {row["text"] for row in world.rows("documents", "train", None, options.seed)}
+    kept = [text for text in held_out if text not in read]
+    found.more["data"] |= {"rows": len(kept), "left_out": {"in training, too": len(held_out) - len(kept)}}
+    return kept
+
+
+def bits(subject: Subject, held_out: list[str], trained: list[str], report: Found) -> dict:
     """Bits a byte of the held-out texts and, beside it, of a byte trigram of the training texts; not where those are
     there for --regurgitation, which may ask for more of them than a trigram in Python can read."""
     longest = min(subject.options.max_length, subject.context)
-    found = {"bits per byte": base_evals.bits_per_byte(subject.model, subject.tokenizer, held_out, longest)}
+    each, sizes = base_evals.bits_and_bytes(subject.model, subject.tokenizer, held_out, longest)
+    mean_size = sum(sizes) / len(sizes)
+    # A text's bits over the texts' mean bytes: their mean is the figure, so that differences can be paired by text.
+    report.by_row["bits per byte"] = [one / mean_size for one in each]
+    found = {"bits per byte": measured_ratio(each, sizes, "bits/byte")}
     if trained and not subject.options.regurgitation:
         found["bits per byte, byte trigram"] = base_evals.ByteTrigram(trained).bits_per_byte(
             list(filter(None, held_out))
@@ -162,6 +187,26 @@ def few_shot(subject: Subject, examples: list, found: Found) -> dict:
     found.more["answers"] = [{"input": e.input, "output": e.output, "answer": answer} for e, answer in pairs]
     right = [float(answer == e.output) for e, answer in pairs]
     return {f"exact match after {shown} example{'' if shown == 1 else 's'}": measured(right, "%")}
+
+
+def sums(subject: Subject, found: Found) -> dict:
+    """tiny's held-out sums after four solved ones, greedily: the share of right answers."""
+    from posttrain.data import tiny as world
+    from posttrain.tiny_evals import SUM_TOKENS
+
+    rows = list(world.rows("problems", "test", None, subject.options.seed))
+    lines = base_evals.few_shot_answers(
+        subject.engine, subject.tokenizer, [row["few_shot"] for row in rows], SUM_TOKENS, subject.context,
+        subject.options.seed,
+    )  # fmt: skip
+    right = [float(world.judged_right("sum", row["answer"], line)) for row, line in zip(rows, lines, strict=True)]
+    found.by_row["sums after 4 examples"] = right
+    found.samples = [
+        {"row": index, "prompt": row["prompt"][-1]["content"], "reply": line, "answer": row["answer"],
+         "right": bool(good), "why": "one of the first"}
+        for index, (row, line, good) in enumerate(zip(rows[:4], lines, right, strict=False))
+    ]  # fmt: skip
+    return {"sums after 4 examples": measured(right, "%")}
 
 
 def tiny(subject: Subject) -> dict:

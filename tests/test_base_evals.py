@@ -221,7 +221,9 @@ def test_what_cannot_be_measured_is_refused(base, flags, words):
 
 def test_a_reward_model_takes_rankings_alone(base, base_tokenizer, tmp_path):
     save_pair(load_scalar_model(ModelConfig(base)), base_tokenizer, tmp_path)
-    with pytest.raises(UserError, match="--suite, --tasks: for base models"):
-        command(["eval", str(tmp_path), "--suite", "tiny", "--tasks", "x"])
+    with pytest.raises(UserError, match="--tasks: for base models"):
+        command(["eval", str(tmp_path), "--tasks", "x"])
+    with pytest.raises(UserError, match="--suite tiny: .* it is a reward model, which writes no replies"):
+        command(["eval", str(tmp_path), "--suite", "tiny"])
     with pytest.raises(UserError, match="--data: not given"):
         command(["eval", str(tmp_path)])
