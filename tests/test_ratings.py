@@ -144,6 +144,15 @@ def test_win_rates_and_what_length_and_position_did():
     assert alone["models"] == [] and alone["longer"]["value"] == 0.0
 
 
+def test_a_stage_trained_anew_under_its_name_is_another_player():
+    votes = games("ppo", "sft", 3, 1) + games("ppo", "sft", 1, 3, prompt="q{}")
+    for number, one in enumerate(votes):
+        one["settings"] = {"models": {"ppo": {"sha256": {"model.safetensors": "ab12cd34" if number < 4 else "ff00"}}}}
+    found = rate(votes)
+    assert [row["model"] for row in found["models"]] == ["ppo (ab12cd)", "sft", "ppo (ff00)"]
+    assert found["matrix"]["ppo (ab12cd)"]["sft"] == 0.75
+
+
 def test_no_votes():
     assert rate([])["models"] == [] and "no votes" in rating_view.table(rate([]))
 

@@ -90,27 +90,26 @@ function move(index, to) {
 function drag(card, index, event) {
   if (!open || event.button > 0) return;
   event.preventDefault();
-  const handle = event.currentTarget;
-  handle.setPointerCapture(event.pointerId);
   card.classList.add('held');
-  const follow = e => {
+  const end = new AbortController(), until = {signal: end.signal};
+  // On the document: a card that moves in the list loses its hold on the pointer.
+  document.addEventListener('pointermove', e => {
     const edge = e.clientY < 60 ? -12 : e.clientY > innerHeight - 60 ? 12 : 0;
     if (edge) scrollBy(0, edge);
-    const others = [...list.children].filter(other => other !== card);
-    const next = others.find(other => {
+    const next = [...list.children].find(other => {
       const box = other.getBoundingClientRect();
-      return e.clientY < box.top + box.height / 2;
+      return other !== card && e.clientY < box.top + box.height / 2;
     });
     if (next ? card.nextSibling !== next : list.lastChild !== card) list.insertBefore(card, next || null);
-  };
-  const drop = e => {
-    handle.removeEventListener('pointermove', follow);
-    card.classList.remove('held');
-    if (e.type === 'pointerup') move(index, [...list.children].indexOf(card)); else draw();
-  };
-  handle.addEventListener('pointermove', follow);
-  handle.addEventListener('pointerup', drop, {once: true});
-  handle.addEventListener('pointercancel', drop, {once: true});
+  }, until);
+  document.addEventListener('pointerup', () => {
+    end.abort();
+    move(index, [...list.children].indexOf(card));
+  }, until);
+  document.addEventListener('pointercancel', () => {
+    end.abort();
+    draw();
+  }, until);
 }
 function keys(index, event) {
   if (event.target !== event.currentTarget || event.ctrlKey || event.metaKey || event.altKey) return;

@@ -39,14 +39,16 @@ class Comparisons:
 
 def compare(votes: list[dict]) -> Comparisons:
     """Votes (`prompt`, `shown`, `places`) as counts; a cluster is a prompt, whatever labellers voted on it."""
-    models = sorted({reply["model"] for vote in votes for reply in vote["shown"]})
+    names = _told_apart(votes)
+    models = sorted(set(names.values()))
     prompts: dict[str, int] = {}
     where = [prompts.setdefault(repr(vote["prompt"]), len(prompts)) for vote in votes]
     wins, ties = (np.zeros((len(prompts), len(models), len(models))) for _ in range(2))
     lengths, firsts = np.zeros((len(prompts), 2)), np.zeros((len(prompts), 2))
     for cluster, vote in zip(where, votes, strict=True):
         shown, places = vote["shown"], vote["places"]
-        numbers, sizes = [models.index(r["model"]) for r in shown], [len(r["text"]) for r in shown]
+        numbers = [models.index(names[reply["model"], _weights(vote, reply["model"])]) for reply in shown]
+        sizes = [len(reply["text"]) for reply in shown]
         for a in range(len(shown)):
             for b in range(a + 1, len(shown)):
                 if places[a] == places[b]:
@@ -60,6 +62,19 @@ def compare(votes: list[dict]) -> Comparisons:
                 if sizes[a] != sizes[b]:
                     lengths[cluster] += sizes[better] > sizes[worse], 1
     return Comparisons(models, wins, ties, lengths, firsts)
+
+
+def _weights(vote: dict, model: str) -> str:
+    """The SHA-256 of a model's weights when it was voted on; "" where that is not known."""
+    facts = vote.get("settings", {}).get("models", {}).get(model, {})
+    return " ".join(sorted(facts.get("sha256", {}).values()))
+
+
+def _told_apart(votes: list[dict]) -> dict[tuple[str, str], str]:
+    """(name, weights) -> its name here: a stage trained anew under its old name is another player."""
+    seen = {(reply["model"], _weights(vote, reply["model"])): None for vote in votes for reply in vote["shown"]}
+    several = {name for name, _ in seen if sum(other == name for other, _ in seen) > 1}
+    return {(name, sha): f"{name} ({sha[:6] or '?'})" if name in several else name for name, sha in seen}
 
 
 def fit(wins: np.ndarray, ties: np.ndarray, prior: float = PRIOR) -> tuple[np.ndarray, np.ndarray]:
