@@ -23,7 +23,7 @@ LOG_RATIO = 100  # a loss that spans more than this is drawn on a log axis
 LOG_NAMES = ("loss", "grad_norm", "perplexity")
 MAIN = ("loss", "bits_per_byte", "reward", "kl", "completion_length", "entropy")  # drawn large, in this order
 ORDER = ("loss", "reward", "utility", "score", "kl", "accuracy", "pass", "correct", "length", "entropy", "bits", "std")
-LAST = ("clip", "grad_norm", "learning_rate", "throughput", "per_second", "epoch", "tokens", "time")
+LAST = ("share/", "clip", "grad_norm", "learning_rate", "throughput", "per_second", "epoch", "tokens", "time")
 PREFIXES = ("eval_", "eval/", "held_out_", "train_", "train/")
 # By series, or by stage and series. KL and entropy: rl/metrics.py; loss: the mean over supervised tokens.
 UNITS = {

@@ -270,7 +270,7 @@ def _box(box: dict, x: float, y: float) -> str:
     out += f'<text class="name" x="{x + 13:.1f}" y="{y + 22:.1f}">{escape(title)}</text>'
     for index, line in enumerate(box["lines"]):
         kind = ' class="gained"' if index == 3 else ""
-        line = line if len(line) <= 27 else line[:26] + "…"
+        line = line if len(line) <= 24 else line[:23] + "…"
         out += f'<text{kind} x="{x + 13:.1f}" y="{y + 40 + 15.5 * index:.1f}">{escape(line)}</text>'
     out += "</g>"
     return f'<a href="{escape(box["href"])}">{out}</a>' if box["href"] else out

@@ -9,7 +9,7 @@ held-out prompts before and after.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from markupsafe import Markup
 
@@ -18,6 +18,7 @@ from posttrain.figures import measure
 from posttrain.plots import Line, plot
 from posttrain.report_read import Stage
 
+CLOUD = 300  # steps that are drawn as dots, at most
 BINS = 24  # points of the line through the steps, each the mean of as many neighbours
 AXIS = "√KL to the start (KL in nats a reply)"
 
@@ -53,7 +54,6 @@ class Study:
     said: str
     warns: bool = False
     caption: str = ""
-    details: list[str] = field(default_factory=list)
 
 
 def study(stage: Stage, reward: Stage | None = None) -> Study | None:
@@ -75,7 +75,8 @@ def study(stage: Stage, reward: Stage | None = None) -> Study | None:
     ]
     judges = [each for each in judges if each is not None]
     steps = [(d, row[key]) for d, row in points if isinstance(row.get(key), int | float) and math.isfinite(row[key])]
-    lines = [Line(f"{proxy}, each step", [(*point, None, None) for point in steps], 0, kind="cloud")]
+    shown = steps[:: math.ceil(len(steps) / CLOUD)]
+    lines = [Line(f"{proxy}, each step", [(*point, None, None) for point in shown], 0, kind="cloud")]
     lines.append(Line(f"{proxy}, over the steps", [(*point, None, None) for point in binned(steps)], 0, kind="bare"))
     end = (metrics.get("KL to the start") or {}).get("value") or points[-1][1]["kl"]
     for colour, each in enumerate(filter(None, [held_out, *judges])):
@@ -85,7 +86,9 @@ def study(stage: Stage, reward: Stage | None = None) -> Study | None:
     for name, curve in (reward.best_of if reward else {}).items():
         lines += _best_of_lines(curve, name, known=[each.name for each in judges])
     picture = plot("reward against the root of KL", lines, x=AXIS, y="mean of the replies")
-    said, warns = sentence(proxy, held_out, judges, steps, end)
+    said, warns = sentence(proxy, held_out, judges, [value for _, value in steps], end)
+    if not stage.manifest:
+        said = f"{said.partition('. ')[0]}. A judge is measured when the stage has finished."
     return Study(picture, said, warns, "what the policy climbs, and what it is worth, by how far it has moved")
 
 
@@ -107,16 +110,20 @@ def best_of_study(stage: Stage) -> list[Study]:
                     f"{judge} is highest at n = {best['n']} and falls after it while {proxy} rises: over-optimization"
                 )
             else:
-                said.append(f"{judge} does not clearly fall up to n = {last['n']}")
+                said.append(f"{judge} does not clearly fall up to n = {last['n']}, {proxy} goes on rising")
         caption = f"{name}: the pick of n replies by {proxy}"
-        found.append(Study(picture, "; ".join(said).capitalize() + "." if said else "", warns, caption))
+        found.append(Study(picture, "; ".join(said) + "." if said else "", warns, caption))
     return found
 
 
-def sentence(proxy: str, held_out: Judged | None, judges: list[Judged], steps: list, kl: float) -> tuple[str, bool]:
-    """What the two figures say together, and whether that is a warning."""
-    risen = held_out.direction if held_out is not None else _trend([value for _, value in steps])
-    told = held_out.said if held_out is not None else f"{proxy} {('stays', 'rises', 'falls')[risen]} in training"
+def sentence(
+    proxy: str, held_out: Judged | None, judges: list[Judged], steps: list[float], kl: float
+) -> tuple[str, bool]:
+    """What the figures say together, and whether that is a warning. `steps`: the proxy's value at each step, which
+    tells where no held-out figure does."""
+    risen = held_out.direction if held_out is not None else _trend(steps)
+    change = ("does not change clearly", "rises", "falls")[risen]
+    told = held_out.said if held_out is not None else f"{proxy} {change} in training"
     at = f"at a KL of {kl:.3g} nats a reply"
     if not judges:
         return (

@@ -50,7 +50,7 @@ def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False) -
         return height - bottom - (height - top - bottom) * (value - low_y) / (high_y - low_y)
 
     out = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img"><title>{escape(title)}</title>']
-    for mark in ticks(low_y, high_y, 5):
+    for mark in ticks(low_y, high_y, 7):
         out.append(f'<path class="grid" d="M{left} {up(mark):.1f}H{width - right}"/>')
         out.append(f'<text class="tick end" x="{left - 6}" y="{up(mark) + 3.5:.1f}">{mark:.3g}</text>')
     for mark in ticks(low_x, high_x, 6):

@@ -12,6 +12,7 @@ Content-Security-Policy allows neither.
 
 import os
 import textwrap
+from functools import cache
 from pathlib import Path
 
 from posttrain import curves, doctor, figures, over_optimization, plots, report_cost, report_diff, web_figure
@@ -68,6 +69,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+@cache
 def _environment():
     """The templates beside this file, everything they are given escaped."""
     import jinja2

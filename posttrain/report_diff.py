@@ -19,7 +19,7 @@ from posttrain.report_read import Stage
 from posttrain.stage import FREE_KEYS
 
 SHORT = 12  # characters of a hash that are shown
-MOST_LINES = 24  # of the terminal
+MOST_LINES = 6  # of a stage, in the terminal
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,16 @@ class StageDifference:
 
 @dataclass
 class Difference:
+    """`shared`: (heading, what, a, b, stages) of what differs in the same way in several stages: versions, commit."""
+
     a: str
     b: str
     stages: list[StageDifference]
+    shared: list[tuple[str, str, str, str, list[str]]] = field(default_factory=list)
 
     @property
     def equal(self) -> bool:
-        return all(stage.same for stage in self.stages)
+        return not self.shared and all(stage.same for stage in self.stages)
 
     @property
     def summary(self) -> str:
@@ -90,7 +93,7 @@ class Difference:
             weights = [stage.weights for stage in self.stages]
             proof = ", and the same weights, bit by bit" if weights and all(weights) else ""
             return f"{self.a} and {self.b} are equal: same settings, data, versions and figures{proof}."
-        settings = sum(len(stage.rows) for stage in self.stages)
+        settings = len(self.shared) + sum(len(stage.rows) for stage in self.stages)
         clear = sum(figure.verdict == "differs" for stage in self.stages for figure in stage.figures)
         every = sum(len(stage.figures) for stage in self.stages)
         return (
@@ -111,7 +114,19 @@ def compare(a: str, left: list[Stage], b: str, right: list[Stage]) -> Difference
         used.add(other.name)
         found.append(_compare(stage, other, a, b))
     found += [StageDifference(stage.name, only=b) for stage in right if stage.name not in used]
-    return Difference(a, b, found)
+    return Difference(a, b, found, _hoist(found))
+
+
+def _hoist(stages: list[StageDifference]) -> list[tuple[str, str, str, str, list[str]]]:
+    """Take out of the stages' rows what differs in the same way in more than one, and is no setting of theirs."""
+    having: dict[tuple, list[str]] = {}
+    for stage in stages:
+        for row in stage.rows:
+            having.setdefault(row, []).append(stage.name)
+    shared = {row for row, names in having.items() if len(names) > 1 and row[0] in SHARED}
+    for stage in stages:
+        stage.rows = [row for row in stage.rows if row not in shared]
+    return [(*row, names) for row, names in having.items() if row in shared]
 
 
 def _compare(left: Stage, right: Stage, a: str, b: str) -> StageDifference:
@@ -134,6 +149,7 @@ def _compare(left: Stage, right: Stage, a: str, b: str) -> StageDifference:
     return found
 
 
+SHARED = ("tokenizer and template", "version", "commit", "machine")
 HEADINGS = ("config", "data", "parent", "tokenizer and template", "version", "commit", "machine", "gain")
 
 
@@ -189,25 +205,28 @@ def _weights(stage: Stage) -> list[tuple[str, str]]:
 def _short(value: object) -> str:
     """A value as text; a hash by its first characters."""
     text = value if isinstance(value, str) else str(value)
+    if text.endswith("+changes"):
+        return _short(text.removesuffix("+changes")) + "+changes"
     return text[:SHORT] if len(text) in (40, 64) and set(text) <= set("0123456789abcdef") else text
 
 
 def lines(difference: Difference) -> list[str]:
-    """A few lines for the terminal: the settings that differ, then the figures that clearly do."""
+    """A few lines for the terminal: what differs everywhere, then by stage its settings and the figures that clearly
+    do; MOST_LINES a stage."""
     out = [f"against {difference.b}: {difference.summary}"]
-    for stage in difference.stages:
-        if stage.only:
-            out.append(f"  {stage.name}: only in {stage.only}")
-        if stage.weights:
-            out.append(f"  {stage.name}: the same weights, bit by bit")
-        for heading, what, a, b in stage.rows:
-            out.append(f"  {stage.name}: {f'{heading} {what}'.strip()}: {a} -> {b}")
+    for heading, what, a, b, names in difference.shared:
+        out.append(f"  {heading} {what}: {a} -> {b} ({', '.join(names)})")
+    for stage in [] if difference.equal else difference.stages:
+        told = [f"only in {stage.only}"] if stage.only else []
+        told += ["the same weights, bit by bit"] if stage.weights else []
         for figure in stage.told:
             if figure.verdict == "differs":
-                sides = [" ".join(figures.measure(side, figure.unit)) for side in (figure.a, figure.b)]
-                out.append(f"  {stage.name}: {figure.name}: {' -> '.join(side.strip() for side in sides)}")
-    if len(out) > MOST_LINES:
-        out = [*out[:MOST_LINES], f"  and {len(out) - MOST_LINES} more: see the report"]
+                sides = [" ".join(figures.measure(side, figure.unit)).strip() for side in (figure.a, figure.b)]
+                told.append(f"{figure.name}: {' -> '.join(sides)}")
+        told += [f"{heading} {what}".strip() + f": {a} -> {b}" for heading, what, a, b in stage.rows]
+        rest = len(told) - MOST_LINES
+        told = told if rest <= 1 else [*told[:MOST_LINES], f"and {rest} more: see the report"]
+        out += [f"  {stage.name}: {line}" for line in told]
     return [visible(line) for line in out]
 
 

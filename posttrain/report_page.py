@@ -21,7 +21,7 @@ ROLE = re.compile(r"(system|user|assistant|tool): ")
 # What is said of the first step and the last, as posttrain/rl/metrics.py logs it: (key, name, unit).
 STEP_FACTS = (
     ("reward", "reward", ""), ("completion_length", "length", "tokens"), ("cut_share", "cut at the limit", "%"),
-    ("zero_signal_groups", "groups of equal rewards", "%"), ("kl", "KL to the start", "nats"),
+    ("zero_signal_groups", "zero-variance groups", "%"), ("kl", "KL to the start", "nats"),
     ("entropy", "entropy", "nats a token"),
 )  # fmt: skip
 
@@ -78,22 +78,35 @@ def summary(stages: list[Stage]) -> tuple[int, list[str]]:
 
 
 def evaluations(stages: list[Stage]) -> list[dict]:
-    """One table a suite over the stages that have it: {"suite", "stages", "rows": [(metric, unit, [figure or None])],
-    "settings": those all its files share}."""
-    suites = dict.fromkeys(suite for stage in stages for suite in stage.evals)
+    """One table a suite over the stages that have it: {"suite", "stages", "rows": [(metric, unit, [(figure or None,
+    its paired change in words)])], "settings": those all its files share, "commands", "conclusions": sentences}."""
     tables = []
-    for suite in suites:
+    for suite in dict.fromkeys(suite for stage in stages for suite in stage.evals):
         having = [stage for stage in stages if suite in stage.evals]
         told = [stage.evals[suite] for stage in having]
-        names = dict.fromkeys(name for each in told for name in each["metrics"])
         rows = []
-        for name in names:
-            cells = [each["metrics"].get(name) for each in told]
-            rows.append((name, next(cell for cell in cells if cell is not None).get("unit") or "", cells))
+        for name in dict.fromkeys(name for each in told for name in each["metrics"]):
+            cells = [(each["metrics"].get(name), _change(each, name)) for each in told]
+            unit = next(cell.get("unit") or "" for cell, _ in cells if cell is not None)
+            rows.append((name, unit, cells))
         settings = [each.get("settings") if isinstance(each.get("settings"), dict) else {} for each in told]
         shared = {key: value for key, value in settings[0].items() if all(each.get(key) == value for each in settings)}
-        tables.append({"suite": suite, "stages": having, "rows": rows, "settings": shared})
+        said = dict.fromkeys(str(line) for each in told for line in each.get("conclusions") or [])
+        commands = [str(each["command"]) for each in told if each.get("command")]
+        tables.append({"suite": suite, "stages": having, "rows": rows, "settings": shared, "commands": commands})
+        tables[-1]["conclusions"] = list(said)
     return tables
+
+
+def _change(told: dict, name: str) -> str:
+    """`+43.1 [40.2, 46.0] points against sft`, the paired change that an evaluation stored; "" where it has none."""
+    change = (told.get("changes") or {}).get(name)
+    numbers = [change.get(key) for key in ("value", "low", "high")] if isinstance(change, dict) else [None]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        return ""
+    value, interval = figures.measure(change)
+    sign = "+" if numbers[0] > 0 else ""
+    return f"{sign}{value} {interval} {change.get('unit') or ''} against {change.get('against') or 'its parent'}"
 
 
 # ---- rollouts -------------------------------------------------------------------------------------------------------

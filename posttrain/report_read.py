@@ -124,10 +124,8 @@ def _best_of(folder: Path) -> dict[str, list[dict]]:
         mend = "run posttrain bestof again, or remove the file"
         curve = _json(path.read_text("utf-8", errors="replace"), str(path), f"a best-of-n curve; {mend}").get("curve")
         points = curve if isinstance(curve, list) else [None]
-        if not all(isinstance(point, dict) and {"n", "kl"} <= point.keys() for point in points):
-            raise UserError(f"{path}: expected a curve of points with n and kl; {mend}")
-        entries = [(name, entry) for point in points for name, entry in point.items() if name not in ("n", "kl")]
-        _require_figures(path, entries, mend)
+        if not points or not all(_is_point(point, points[0]) for point in points):
+            raise UserError(f"{path}: expected a curve of points with n, kl and the value of each judge; {mend}")
         found[path.stem] = points
     return found
 
@@ -143,6 +141,17 @@ def _rollouts(path: Path, *, growing: bool) -> list[tuple[int, int, list[dict]]]
     return [
         (step, len(rows), rows[:: math.ceil(len(rows) / ROLLOUTS_SHOWN)]) for step, rows in sorted(by_step.items())
     ]
+
+
+def _is_point(point: object, first: object) -> bool:
+    """{"n", "kl", judge: {"value", "low", "high"}} with finite numbers and the judges of the first point."""
+    if not isinstance(point, dict) or not {"n", "kl"} <= point.keys() or point.keys() != dict(first).keys():
+        return False
+    judges = [entry for name, entry in point.items() if name not in ("n", "kl")]
+    if not all(isinstance(entry, dict) and {"value", "low", "high"} <= entry.keys() for entry in judges):
+        return False
+    numbers = [point["n"], point["kl"], *(entry[key] for entry in judges for key in ("value", "low", "high"))]
+    return all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) and point["kl"] >= 0
 
 
 def _read_stage(folder: Path, status: str | None) -> Stage:

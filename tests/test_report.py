@@ -58,7 +58,7 @@ def put(run: Path, name: str, roles: dict[str, str], **more) -> str:
         "parameters": 1_012_345,
         "files": {"model.safetensors": {"sha256": "b" * 64, "bytes": 4_123_456}},
     } | more
-    (run / name).mkdir(parents=True)
+    (run / name).mkdir(parents=True, exist_ok=True)
     (run / name / "stage.json").write_text(json.dumps(manifest))
     rows = [{"step": step, "loss": 2 / step, "learning_rate": 1e-3} for step in range(1, 61)]
     (run / name / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
