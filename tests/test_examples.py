@@ -92,9 +92,10 @@ def test_custom_reward(small_chain, tmp_path):
     assert short([], ["", "", ""], [[], [1] * 10, [1] * 60]) == [1.0, 0.8, 0.0]
     found = finished(only("short_reply.py", "grpo"), tmp_path / "out", model_name_or_path=small_chain / "sft")
     assert found["config"]["reward_weights"] == [1.0, 0.2]
-    # The mean over a step's completions, counted from the rollouts that were kept.
-    [first, *_] = log(tmp_path / "out")
-    assert 0 < first["reward/examples.short_reply.short"] <= 1
+    for each in log(tmp_path / "out", "rollouts.jsonl"):
+        own = each["rewards"]["examples.short_reply.short"]
+        assert own == pytest.approx(max(0, 1 - each["tokens"] / 50))
+        assert each["reward"] == pytest.approx(each["rewards"]["correct"] + 0.2 * own)
 
 
 def test_custom_template(small_chain, tmp_path):

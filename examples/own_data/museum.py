@@ -3,6 +3,8 @@
     posttrain inspect --config examples/own_data/sft.yaml --html rows.html
     accelerate launch recipes/sft.py --config examples/own_data/sft.yaml
 
+What came out: of 24 questions, worded as none that it learned, 0 % [0, 14] -> 66 % [48, 84] answered right.
+
 In: rows of museum.jsonl, {"visitor", "clerk", "stars", "desk"}: what visitors asked at a museum's desk, what the clerk
 said, how the visitor liked it; some answers are wrong or rude. museum_held_out.jsonl, {"visitor", "number"}: the same
 things asked in other words. Out: {"messages"} to learn from, {"prompt", "answer"} to be asked.
