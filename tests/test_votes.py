@@ -116,6 +116,8 @@ def test_a_cut_last_line_is_set_aside_and_said(tmp_path):
     (tmp_path / "votes.log").write_bytes(whole + whole[:9])
     votes.skip(ITEM, "unclear")  # another process died while this one was open
     assert [line["event"] for line in lines(tmp_path / "votes.log")] == ["vote", "skip"] and votes.notes
+    (tmp_path / "votes.log").write_bytes(whole + whole[:9])
+    assert [vote["id"] for vote in votes.read()] == [kept]
     (tmp_path / "votes.log").write_bytes(whole[:-1])  # only the line end is missing: nothing is lost
     assert Votes(tmp_path).read()[0]["id"] == kept and (tmp_path / "votes.log").read_bytes() == whole
 

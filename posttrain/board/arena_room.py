@@ -89,8 +89,9 @@ def room(pool: Pool, votes: Votes, prompts: arena.Prompts | None = None) -> None
             with gr.Row():
                 vote = gr.Button("Vote", variant="primary", interactive=False, min_width=120)
                 undo = gr.Button("Undo my last vote", interactive=False, min_width=120)
-                skip = gr.Button("Skip", interactive=False, min_width=120)
+            with gr.Row(equal_height=True):
                 reason = gr.Dropdown(REASONS, value=REASONS[0], label="If you skip: why", min_width=200)
+                skip = gr.Button("Skip", interactive=False, min_width=120)
         with gr.Column(scale=1, min_width=260):
             chat = [name for name, entry in pool.entries.items() if not entry.is_base] or pool.names
             names = gr.Dropdown(

@@ -33,7 +33,8 @@ CSS = """
 .rank-numbers { display: flex; flex-wrap: wrap; gap: .25rem; margin-top: .5rem; align-items: center; }
 .rank-numbers button { min-width: 2.5rem; min-height: 2.25rem; border: 1px solid var(--border-color-primary);
   border-radius: .375rem; background: transparent; color: inherit; cursor: pointer; }
-.rank-numbers button[aria-pressed="true"] { background: var(--color-accent); color: white; }
+.rank-numbers button[aria-pressed="true"] { background: var(--button-primary-background-fill);
+  color: var(--button-primary-text-color); }
 .rank-state { min-height: 1.5em; opacity: .8; margin: .5rem 0 0; }
 """
 

@@ -114,7 +114,7 @@ def ratings_picture(models: list[dict]) -> Markup:
     """A dot a stage on a common axis, best above, its 95 % interval as a bar."""
     values = [v for row in models for v in (row["rating"][key] for key in ("value", "low", "high")) if v is not None]
     low, high = min(values) - 30, max(values) + 30
-    width, left, right, line = 560, 150, 16, 26
+    width, left, right, line = 440, 118, 16, 26
     height = line * len(models) + 34
 
     def across(value: float) -> float:
@@ -130,12 +130,12 @@ def ratings_picture(models: list[dict]) -> Markup:
         out.append(f'<text x="{at}" y="{height - 10}" text-anchor="middle" opacity=".7">{mark:.0f}</text>')
     for number, row in enumerate(models):
         y, rating = 20 + line * number, row["rating"]
-        name = row["model"] if len(row["model"]) < 21 else "…" + row["model"][-19:]
+        name = row["model"] if len(row["model"]) < 17 else "…" + row["model"][-15:]
         out.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>')
         if rating["low"] is not None:
             bar = f"M{across(rating['low']):.1f} {y}H{across(rating['high']):.1f}"
-            out.append(f'<path d="{bar}" stroke="#1f8fb4" stroke-width="2.5" opacity=".6"/>')
-        out.append(f'<circle cx="{across(rating["value"]):.1f}" cy="{y}" r="4.5" fill="#1f8fb4"/>')
+            out.append(f'<path d="{bar}" stroke="#1f8a78" stroke-width="2.5" opacity=".6"/>')
+        out.append(f'<circle cx="{across(rating["value"]):.1f}" cy="{y}" r="4.5" fill="#1f8a78"/>')
     return Markup("".join(out) + "</svg>")
 
 

@@ -74,7 +74,6 @@ class Votes:
             self.folder.mkdir(parents=True, exist_ok=True)
             fsync(self.folder.parent)
         with self._locked() as log:
-            self._set_cut_aside(log)
             rows = _encoded(training_rows(_net(self._events(log))))
             if not self._rows.exists() or self._rows.read_bytes() != rows:
                 if self._rows.exists():
@@ -95,10 +94,11 @@ class Votes:
 
         Raises UserError for places that are no ranking, texts that are too long, a full disk.
         """
-        if not isinstance(places, list) or len(places) != len(item.shown) or len(places) < 2:
-            raise UserError(f"places: found {places!r}, expected one for each of {len(item.shown)} replies, 2 or more")
-        if not all(isinstance(place, int) and not isinstance(place, bool) and place >= 0 for place in places):
-            raise UserError(f"places: found {places!r}, expected whole numbers, 0 for the best, equal ones for a tie")
+        if not _is_ranking(places, item.shown):
+            raise UserError(
+                f"places: found {places!r}, expected a whole number for each of {len(item.shown)} replies, 2 or more: "
+                "0 for the best, equal ones for a tie"
+            )
         order = sorted(set(places))
         event = item.facts() | {"places": [order.index(place) for place in places]}
         return self._append("vote", event | _said(labeller, comment, seconds))
@@ -130,7 +130,6 @@ class Votes:
         event = {"event": kind, "id": uuid.uuid4().hex, "created": datetime.now(UTC).isoformat(timespec="seconds")}
         event |= facts
         with self._locked() as log:
-            self._set_cut_aside(log)
             alone = self._seen == self._sizes(log)
             if kind == "cancel" and event["cancels"] not in {vote["id"] for vote in _net(self._events(log))}:
                 raise UserError(f"vote {event['cancels']}: {self._log} has no such vote, or it is cancelled already")
@@ -168,20 +167,23 @@ class Votes:
             if not isinstance(event, dict):
                 raise UserError(f"{where}: {event[1]}")
             missing = [key for key in NEEDED.get(event.get("event"), ("event",)) if key not in event]
-            if missing or (event["event"] == "vote" and len(event["places"]) != len(event["shown"])):
+            if not missing and event["event"] == "vote" and not _is_ranking(event["places"], event["shown"]):
+                missing = ["places"]
+            if missing:
                 raise UserError(
-                    f"{where}: no line of a board ({', '.join(missing) or 'places'} missing or wrong); expected a "
-                    f"vote, a skip or a cancel: restore the file, or mend or remove the line"
+                    f"{where}: no line of a board ({', '.join(missing)} missing or wrong); expected a vote, a skip or "
+                    "a cancel: restore the file, or mend or remove the line"
                 )
             events.append(event)
         return events
 
     def _set_cut_aside(self, log: int) -> None:
         """After a crash in the middle of a write: what was never acknowledged goes into a file of its own."""
+        size = os.fstat(log).st_size
+        if size == 0 or os.pread(log, 1, size - 1) == b"\n":
+            return
         content = _content(log)
         whole = content.rfind(b"\n") + 1
-        if whole == len(content):
-            return
         rest = content[whole:]
         if isinstance(parse_line(rest), dict):  # all but its line end
             _write_line(log, self._log, b"\n")
@@ -204,6 +206,7 @@ class Votes:
         log = _opened(self._log)
         try:
             fcntl.flock(log, fcntl.LOCK_EX)
+            self._set_cut_aside(log)
             yield log
         finally:
             os.close(log)  # ends the lock, too
@@ -245,6 +248,12 @@ def _net(events: list[dict]) -> Iterator[dict]:
     """The votes that no later line cancels."""
     cancelled = {event["cancels"] for event in events if event["event"] == "cancel"}
     return (event for event in events if event["event"] == "vote" and event["id"] not in cancelled)
+
+
+def _is_ranking(places, shown) -> bool:
+    if not isinstance(places, list) or not isinstance(shown, list) or not 2 <= len(places) == len(shown):
+        return False
+    return all(isinstance(place, int) and not isinstance(place, bool) and place >= 0 for place in places)
 
 
 def _said(labeller: str, comment: str, seconds: float | None) -> dict:
