@@ -48,7 +48,7 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({name})
 print(tokenizer.tokenize({prompt}))"""
-SERVE = "`vllm serve {name}` serves it; `posttrain {verb} {name}` talks to it in a terminal."
+SERVE = "`vllm serve {name}` serves it; `posttrain {verb}` {does} in a terminal."
 SERVE_SCORES = """\
 In vLLM: `LLM("{name}", runner="pooling", convert="classify")`; with `PoolingParams(use_activation=False)` its
 `classify` gives these scores, without it a sigmoid of them. Scores of one prompt's replies can be compared;
@@ -82,5 +82,8 @@ def further_use(stage: str, chats: bool, name: str, metrics: dict, adapter_of: s
             scale = f"on held-out replies their mean is {mean:.3g}, their standard deviation {deviation:.3g}."
         text = SERVE_SCORES.format(name=name, scale=scale)
     else:
-        text = SERVE.format(name=name, verb="chat" if chats else "complete")
+        verb, does = (
+            (f"chat {name}", "talks to it") if chats else (f"complete {name} --prompt TEXT", "goes on with a text")
+        )
+        text = SERVE.format(name=name, verb=verb, does=does)
     return text + (ADAPTER.format(name=name, base=adapter_of) if adapter_of else "")

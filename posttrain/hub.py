@@ -29,6 +29,7 @@ from posttrain.manifests import RUN, STAGE, read_manifest
 ATTEMPTS = 5  # at the commit itself; each request before it is retried by huggingface_hub
 LOST_RACE = 412  # somebody else has committed since the repository was looked at
 WORTH_A_WAIT = (LOST_RACE, 429, 500, 502, 503, 504)
+LONGEST_WAIT = 300  # seconds, whatever the Hub asks for
 LOGIN = "run `hf auth login`, or set HF_TOKEN to a token with write access (https://hf.co/settings/tokens)"
 NOT_OURS = {".gitattributes", hub_files.CARD}  # what a repository may hold before the first push
 
@@ -39,6 +40,9 @@ class Target:
 
     repo: str
     private: bool = True
+
+    def __str__(self) -> str:
+        return f"{_api().endpoint}/{self.repo} ({'private' if self.private else 'public'})"
 
     def command(self, folder: Path) -> str:
         return f"posttrain push {folder} --repo {self.repo}" + ("" if self.private else " --public")
@@ -63,7 +67,7 @@ def call_push(options: argparse.Namespace) -> int:
         if options.dry_run:
             print(plan(folder, repo, options.license))
         else:
-            print(push(folder, prepare_repo(repo, folder, not options.public), options.license))
+            print(push(folder, named(repo, folder, not options.public), options.license))
     return 0
 
 
@@ -91,11 +95,14 @@ def prepare(config: dict) -> Target:
 
     Raises UserError, within seconds, where one of these is missing: the training that follows takes hours.
     """
-    return prepare_repo(config["hub_model_id"], Path(config["output_dir"]), config["hub_private_repo"])
+    return make_or_check(named(config["hub_model_id"], Path(config["output_dir"]), config["hub_private_repo"]))
 
 
-def prepare_repo(repo: str | None, folder: Path, private: bool) -> Target:
-    """As `prepare`. `repo` without a user is one of yours; None takes the name of run and stage."""
+def named(repo: str | None, folder: Path, private: bool) -> Target:
+    """The target's full name. `repo` without a user is one of yours; None takes the name of run and stage.
+
+    UserError where there is no token that may write, or the Hub takes no such name.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -106,8 +113,7 @@ def prepare_repo(repo: str | None, folder: Path, private: bool) -> Target:
         validate_repo_id(target.repo)
     except HFValidationError as error:
         raise UserError(f"repository: found {target.repo!r}, expected user/name of the Hub: {error}") from error
-    with explained(target.repo):
-        return _make_or_check(target)
+    return target
 
 
 def _user() -> str:
@@ -132,16 +138,19 @@ def _user() -> str:
     return told["name"]
 
 
-def _make_or_check(target: Target) -> Target:
+def make_or_check(target: Target) -> Target:
+    """The repository, made where there is none. UserError where the token may not write to it, everybody can see it
+    though it was to be private, or it holds what posttrain did not write."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api, repo = _api(), target.repo
-    try:
-        there = api.model_info(repo)
-    except RepositoryNotFoundError:
-        api.create_repo(repo, private=target.private)
-        return target
-    api.auth_check(repo, write=True)
+    with explained(repo):
+        try:
+            there = api.model_info(repo)
+            api.auth_check(repo, write=True)
+        except RepositoryNotFoundError:
+            api.create_repo(repo, private=target.private)
+            return target
     if target.private and not there.private:
         raise UserError(
             f"{repo} is there already and everybody can see it, while a push is private unless asked otherwise: name "
@@ -204,6 +213,7 @@ def push(folder: Path, target: Target, licence: str | None = None) -> str:
     Raises UserError that says what stopped it and how to go on.
     """
     files = content(folder, target.repo, licence)
+    target = make_or_check(target)
     with explained(target.repo, target.command(folder)):
         commit, changed = _commit(target.repo, files, f"{read_manifest(folder)['stage']} by posttrain")
     told = {
@@ -214,9 +224,8 @@ def push(folder: Path, target: Target, licence: str | None = None) -> str:
     }
     checkpoint.write_json(folder / lineage.PUSHED, told)
     total = sum(map(hub_files.size_of, files.values()))
-    seen_by = "private" if target.private else "public"
-    state = f"{seen_by}, commit {commit[:12]}" if changed else f"{seen_by}, unchanged"
-    return f"{folder}: {len(files)} files, {total:,} B, at {_api().endpoint}/{target.repo} ({state})"
+    state = f"commit {commit[:12]}" if changed else "nothing had changed"
+    return f"{folder}: {len(files)} files, {total:,} B, at {target}, {state}"
 
 
 def push_finished(folder: Path, target: Target) -> None:
@@ -237,30 +246,43 @@ def _commit(repo: str, files: dict[str, Path | bytes], message: str) -> tuple[st
     huggingface_hub sends the large files first; it retries these and every question, but not the commit: if the answer
     was lost it may have been made. Here that is no harm: asked again, the client finds each file unchanged and leaves
     it out."""
+    import httpx
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     from huggingface_hub.errors import HfHubHTTPError
 
     for attempt in range(ATTEMPTS):
-        there = _api().model_info(repo)
-        left_over = [s.rfilename for s in there.siblings or () if hub_files.needed(s.rfilename)]
-        operations = [
-            CommitOperationAdd(name, str(data) if isinstance(data, Path) else data) for name, data in files.items()
-        ]
-        operations += [CommitOperationDelete(name) for name in left_over if name not in files]
         try:
+            there = _api().model_info(repo)
+            left_over = [s.rfilename for s in there.siblings or () if hub_files.needed(s.rfilename)]
+            operations = [
+                CommitOperationAdd(name, str(data) if isinstance(data, Path) else data) for name, data in files.items()
+            ]
+            operations += [CommitOperationDelete(name) for name in left_over if name not in files]
             made = _api().create_commit(repo, operations, commit_message=message, parent_commit=there.sha)
             return made.oid, made.oid != there.sha
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status not in WORTH_A_WAIT or attempt == ATTEMPTS - 1:
+        except (HfHubHTTPError, httpx.TransportError) as error:
+            wait = _wait(error, attempt)
+            if wait is None or attempt == ATTEMPTS - 1:
                 raise
-            wait = _seconds(error.response.headers.get("Retry-After"), 0 if status == LOST_RACE else 2**attempt)
-            print(f"{repo}: the Hub answered {status}; trying again in {wait} s", flush=True)
+            print(f"{repo}: {_said(error)}; trying again in {wait} s", flush=True)
             time.sleep(wait)
 
 
-def _seconds(header: str | None, otherwise: int) -> int:
-    return min(int(header), 300) if header and header.isdigit() else otherwise
+def _wait(error: Exception, attempt: int) -> int | None:
+    """Seconds until it is worth another try; None where it is not."""
+    answer = getattr(error, "response", None)
+    if answer is None:
+        return 2**attempt
+    if answer.status_code not in WORTH_A_WAIT:
+        return None
+    asked = answer.headers.get("Retry-After", "")
+    return min(int(asked), LONGEST_WAIT) if asked.isdigit() else 0 if answer.status_code == LOST_RACE else 2**attempt
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in one line, without signatures."""
+    lines = without_query(str(error)).strip().splitlines() or [type(error).__name__]
+    return re.sub(r" *\(Request ID: [^)]*\)", "", lines[0])[:300].rstrip(". ")
 
 
 def _licence_of(base: str | None, ask: bool) -> dict:
@@ -332,9 +354,8 @@ def explained(repo: str, command: str | None = None):
         if not isinstance(cause, (OSError, ValueError, httpx.HTTPError)):
             raise  # a bug of ours
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        said = without_query(str(cause) or type(cause).__name__).strip().splitlines()[0][:300].rstrip(".")
         again = f"\nWhat was sent is kept there; go on with: {command}" if command else ""
-        raise UserError(f"{repo}: {said}. {_mend(status, repo)}{again}") from cause
+        raise UserError(f"{repo}: {_said(cause)}. {_mend(status, repo)}{again}") from cause
 
 
 def _mend(status: int | None, repo: str) -> str:

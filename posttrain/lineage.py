@@ -50,7 +50,7 @@ def _before(folder: Path, depth: int, trunk: bool, seen: set[str]):
         return
     for role, parent in manifest.get("parents", {}).items():
         path, in_trunk = parent_folder(folder, parent), trunk and role in WEIGHTS_FROM
-        hub = pushed_as(path) if path else _hub_name(parent)
+        hub = pushed_as(path) if path else parent["path"] if parent.get("hub") else None
         name = hub or Path(parent["path"]).name
         yield Ancestor(role, name, parent.get("stage"), depth, in_trunk, hub, parent.get("sha256"))
         if path and depth < DEEPEST and parent["sha256"] not in seen:
@@ -66,12 +66,6 @@ def parent_folder(folder: Path, parent: dict) -> Path | None:
         if (place / STAGE).is_file() and sha256_file(place / STAGE) == parent.get("sha256"):
             return place
     return None
-
-
-def _hub_name(parent: dict) -> str | None:
-    """The path where it is a name of the Hub: no folder is here, and it has the form user/name."""
-    path = Path(parent["path"])
-    return None if path.is_dir() or path.is_absolute() or len(path.parts) != 2 else str(path)
 
 
 def pushed_as(folder: Path) -> str | None:

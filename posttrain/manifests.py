@@ -33,7 +33,7 @@ def describe_parents(parents: dict[str, str], planned=()) -> dict[str, dict]:
     """role -> {"path", "stage", "sha256", "tokenizer_sha256"}; UserError for a stage that is missing or unfinished.
 
     `planned` holds output folders that earlier stages of a chain will have written (used by dry runs). A path with
-    no local folder is taken as a name on the Hub and left to the loader.
+    no local folder is taken as a name on the Hub ("hub": true) and left to the loader.
     """
     described = {}
     for role, path in parents.items():
@@ -54,6 +54,7 @@ def describe_parents(parents: dict[str, str], planned=()) -> dict[str, dict]:
             "stage": manifest.get("stage"),
             "sha256": hashes.get(STAGE),
             "tokenizer_sha256": hashes.get("tokenizer.json"),
+            **({} if folder.is_dir() else {"hub": True}),
         }
     _refuse_tokenizer_mismatch(described)
     return described
@@ -71,7 +72,7 @@ def ask_hub(parents: dict[str, dict], revisions: dict[str, str | None]) -> dict[
 
 
 def _of_hub(parent: dict, revision: str | None) -> dict:
-    if parent["stage"] == "planned" or Path(parent["path"]).is_dir():
+    if not parent.get("hub"):
         return {}
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError

@@ -234,6 +234,7 @@ def start(name: str, configs, *, parents: dict[str, str], data: list[dict]) -> S
     found = _look(stage)
     if config["push_to_hub"] and stage.main:
         stage.hub = hub.prepare(config)  # no token, or no right to write: known now and not after the training
+        stage.note(f"when finished it is pushed to {stage.hub}")
     process.wait_for_everyone()
     if found == "finished":
         if stage.main:

@@ -20,14 +20,13 @@ from urllib.parse import parse_qs, unquote, urlparse
 import yaml
 
 ANN, READER, BOB = "hf_" + "ann" * 10, "hf_" + "read" * 8, "hf_" + "bob" * 10
-LFS_NAMES = (".safetensors",)
-LFS_FROM = 50_000  # bytes: larger text goes to LFS, too (the Hub's limit is 10 MB)
-STEP = 1 << 16
+LARGE = (".safetensors", "/tokenizer.json")  # what goes to the large-file store, as .gitattributes of the Hub say
+STEP = 1 << 12
 
 
 @dataclass
 class Repo:
-    """Commits, the newest last: name -> bytes. `lfs`: names whose content is in the large-file store."""
+    """Commits, the newest last, each name -> bytes; and the messages of those that were pushed."""
 
     owner: str
     private: bool
@@ -49,20 +48,20 @@ class Repo:
 
 
 class Hub:
-    """The server. `faults`: one entry is taken by each request whose path its pattern finds: (pattern, status,
-    headers), or (pattern, bytes after which the connection is dropped, None)."""
+    """The server. `faults`: (pattern, what to do in place of answering); each is used once, by the first request that
+    its pattern finds, "POST api/repos/create" say. What returns "go on" lets the request be answered after it."""
 
     def __init__(self, chunk: int | None = None):
         self.users = {ANN: ("ann", "write"), READER: ("ann", "read"), BOB: ("bob", "write")}
         self.repos: dict[str, Repo] = {}
         self.store: dict[str, bytes] = {}  # large files by their SHA-256
         self.parts: dict[tuple[str, int], bytes] = {}
-        self.received: dict[str, int] = {}  # bytes of bodies that came in for a large file, dropped ones included
+        self.received: dict[
+            str, int
+        ] = {}  # bytes that came in for a large file, by its SHA-256, dropped ones included
         self.asked: list[str] = []
         self.faults: list[tuple] = []
-        self.hang = threading.Event()  # set: an upload stands still after its first bytes
-        self.hanging = threading.Event()
-        self.chunk = chunk
+        self.chunk = chunk  # bytes of a part of a large file; None: each in one piece
 
     def __enter__(self):
         handler = type("Handler", (Handler,), {"hub": self})
@@ -111,10 +110,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = next((entry for entry in self.hub.faults if re.search(entry[0], f"{self.command} {path}")), None)
         if fault is not None:
             self.hub.faults.remove(fault)
-            if fault[2] is None:
-                return self.drop(path, fault[1])
-            self.body()
-            return self.answer(fault[1], {"error": "injected"}, **fault[2])
+            if fault[1](self) != "go on":
+                return None
         for pattern, method in ROUTES:
             if found := re.fullmatch(pattern, f"{self.command.replace('HEAD', 'GET')} {path}"):
                 return getattr(self, method)(**found.groupdict())
@@ -132,9 +129,6 @@ class Handler(BaseHTTPRequestHandler):
             content += step
             if count:
                 self.hub.received[count] = self.hub.received.get(count, 0) + len(step)
-                if self.hub.hang.is_set():
-                    self.hub.hanging.set()
-                    threading.Event().wait(60)
         return content
 
     def steps(self):
@@ -152,15 +146,20 @@ class Handler(BaseHTTPRequestHandler):
             left -= len(step)
             yield step
 
-    def drop(self, path: str, after: int):
-        oid, got = path.split("/")[1], 0
-        for step in self.steps():
+    def drop(self, after: int | None = None):
+        """Break the connection off, of an upload after so many bytes."""
+        oid, got = self.path.split("/")[2].partition("?")[0], 0
+        for step in self.steps() if after is not None else ():
             got += len(step)
             if got >= after:
                 break
         self.hub.received[oid] = self.hub.received.get(oid, 0) + got
         self.close_connection = True
         self.connection.shutdown(2)
+
+    def refuse(self, code: int, **headers):
+        self.body()
+        self.answer(code, {"error": "injected"}, **headers)
 
     def answer(self, code: int, value=None, content: bytes | None = None, **headers):
         content = json.dumps(value if value is not None else {}).encode() if content is None else content
@@ -262,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
         if file not in repo.commits[number]:
             return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=repo.sha(number))
         content = repo.commits[number][file]
-        etag = hashlib.sha256(content).hexdigest() if is_large(file, len(content)) else git_hash(content)
+        etag = hashlib.sha256(content).hexdigest() if is_large(file) else git_hash(content)
         return self.answer(200, content=content, ETag=f'"{etag}"', X_Repo_Commit=repo.sha(number))
 
     # --- uploads
@@ -274,7 +273,7 @@ class Handler(BaseHTTPRequestHandler):
         found = []
         for file in json.loads(self.body())["files"]:
             path, old = file["path"], repo.files.get(file["path"])
-            large = is_large(path, file["size"])
+            large = is_large(path)
             oid = None if old is None else hashlib.sha256(old).hexdigest() if large else git_hash(old)
             mode = "lfs" if large else "regular"
             found.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -339,8 +338,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{repo.sha()}", "commitOid": repo.sha()})
 
 
-def is_large(name: str, size: int) -> bool:
-    return name.endswith(LFS_NAMES) or size > LFS_FROM
+def is_large(name: str) -> bool:
+    return f"/{name}".endswith(LARGE)
 
 
 def git_hash(content: bytes) -> str:
