@@ -96,7 +96,7 @@ def gguf(folder: Path, name: str, out: Path, dtype: str) -> str:
         compared = check_export.check_gguf(reference, engine)
         if template is not None:
             through = partial(go_prompt, engine, template)
-            said = check_export.different_prompts(reference, through, engine)
+            said, _ = check_export.different_prompts(reference, through, engine)
             compared.faults += [f"Modelfile: {fault}" for fault in said]
     shown = table([compared], sum(map(len, reference.prompts)))
     if compared.faults:
@@ -106,7 +106,7 @@ def gguf(folder: Path, name: str, out: Path, dtype: str) -> str:
     if file is not None:
         (out / "Modelfile").write_text(file, encoding="utf-8")
     path.rename(out / "model.gguf")
-    return told(out, name, dtype, shown, remarks + more)
+    return told(out, name, dtype, shown, remarks + more + compared.remarks)
 
 
 def go_prompt(engine, template: str, messages: list[dict]) -> list[int]:

@@ -33,7 +33,7 @@ class LlamaCpp:
                 raise UserError(MISSING.format(name=name))
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file; expected a GGUF, as posttrain export writes it")
-        self.path, self.context = Path(path), context
+        self.path, self.letter = Path(path), None
         threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close)
         package = str(Path(__file__).resolve().parents[1])
@@ -46,7 +46,7 @@ class LlamaCpp:
         if not address:
             raise self._dead("could not load it")
         host, _, port = address.strip().removeprefix("http://").rpartition(":")
-        self.connection = http.client.HTTPConnection(host, int(port), timeout=SECONDS)
+        self.address = host, int(port)
 
     def __enter__(self):
         return self
@@ -56,8 +56,10 @@ class LlamaCpp:
 
     def close(self) -> None:
         """End the process; one that does not answer is killed."""
+        if self.log.closed:
+            return
+        self.process.stdin.close()
         if self.process.poll() is None:
-            self.process.stdin.close()
             try:
                 self.process.wait(timeout=10)
             except subprocess.TimeoutExpired:
@@ -67,24 +69,30 @@ class LlamaCpp:
         self.log.close()
 
     def _dead(self, what: str) -> UserError:
-        self.process.wait()
+        try:
+            code = f"exit code {self.process.wait(timeout=5)}"
+        except subprocess.TimeoutExpired:
+            code = "it still runs, and is stopped"
         self.log.seek(0)
         lines = [line.strip() for line in self.log.read().splitlines() if line.strip()]
         told = [line for line in lines if "error" in line.lower() or "failed" in line.lower()] or lines
         self.close()
-        said = " | ".join(told[-3:])[-600:] or "it said nothing"
-        return UserError(f"{self.path}: llama.cpp {what} (exit code {self.process.returncode}): {said}")
+        return UserError(
+            f"{self.path}: llama.cpp {what} ({code}): {' | '.join(told[-3:])[-600:] or 'it said nothing'}"
+        )
 
     def ask(self, route: str, body: dict) -> dict:
         """POST JSON and read JSON. UserError where llama.cpp refuses or has died."""
+        # A connection each: it closes one that was idle for some seconds, in the midst of the next request.
+        connection = http.client.HTTPConnection(*self.address, timeout=SECONDS)
         try:
-            self.connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
-            reply = self.connection.getresponse()
+            connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
+            reply = connection.getresponse()
             read = json.loads(reply.read())
         except (http.client.HTTPException, OSError) as error:
-            if self.process.poll() is None and isinstance(error, TimeoutError):
-                raise UserError(f"{self.path}: llama.cpp gave no answer to {route} in {SECONDS} s") from error
-            raise self._dead(f"died of {route}") from error
+            raise self._dead(f"gave no answer to {route}") from error
+        finally:
+            connection.close()
         if reply.status != 200:
             said = read.get("error", read)
             message = said.get("message", said) if isinstance(said, dict) else said
@@ -104,15 +112,21 @@ class LlamaCpp:
         """The tokens that a chat request with `messages` begins from."""
         return self.tokenize(self.render(messages), begin=True)
 
-    def greedy(self, ids: list[int], tokens: int, most: int) -> list[dict[int, float]]:
-        """Log-probabilities before each of up to `tokens` tokens that follow `ids`, the likeliest taken each time:
-        the `most` likeliest as {token: log p}, likeliest first. Stops after a token that ends a text."""
-        body = {"prompt": ids, "n_predict": tokens, "n_probs": most, "temperature": 0, "samplers": ["temperature"]}
-        told = self.ask("/completion", {**body, "cache_prompt": True})
-        return [
-            {one["id"]: one["logprob"] for one in place["top_logprobs"]}
-            for place in told.get("completion_probabilities", [])
-        ]
+    def after(self, ids: list[int], most: int) -> dict[int, float]:
+        """log p of the `most` likeliest tokens after `ids`, as {token: log p}.
+
+        llama.cpp's server has no logits to ask for; it tells log-probabilities with what it generates, and none where
+        that is half a character. So one plain letter is made the only choice: what it tells is the model's own.
+        """
+        if self.letter is None:
+            self.letter = self.tokenize("a")[-1]
+        body = {"prompt": ids, "n_predict": 1, "n_probs": most, "logit_bias": [[self.letter, FORCED]]}
+        told = self.ask("/completion", {**body, "temperature": 0, "cache_prompt": True})
+        places = told.get("completion_probabilities") or [{"top_logprobs": []}]
+        found = {one["id"]: one["logprob"] for one in places[0]["top_logprobs"]}
+        if not found:
+            raise UserError(f"{self.path}: llama.cpp gives no log-probabilities after a prompt, expected {most}")
+        return found
 
     def ends(self, ids: list[int], token: int) -> bool:
         """Whether `token` ends a text in this file's eyes: it is made the only choice after `ids`."""
