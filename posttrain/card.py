@@ -50,8 +50,8 @@ def make(folder: Path, repo: str | None = None, licence: dict | None = None, dat
     stated = stated_licence(folder, told, licence or {})
     chats = (folder / "chat_template.jinja").is_file()
     kind, base = manifest["stage"], lineage.base_model(stages)
+    adapter = (lineage.adapter_base(stages) or "its parent") if (folder / ADAPTER_DIR).is_dir() else None
     prompt, replies = _example(manifest)
-    adapter = (folder / ADAPTER_DIR).is_dir()
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )  # Markdown: `cell` and `fenced` keep what models and data say from becoming any
@@ -62,12 +62,12 @@ def make(folder: Path, repo: str | None = None, licence: dict | None = None, dat
         facts=_facts(manifest, _config(folder)),
         lineage=lineage.as_text(title, stages) if stages else None,
         use=use_of(kind, chats, name, prompt, replies),
-        use_more=further_use(kind, chats, name, manifest["metrics"], (base or "its parent") if adapter else None),
+        use_more=further_use(kind, chats, name, manifest["metrics"], adapter),
         gains=[_gain(gain) for gain in manifest["gains"]],
         suites=[_suite(name, public(found)) for name, found in _suites(folder).items()],
         metrics=[_figure(name, figure) for name, figure in manifest["metrics"].items()],
         samples=[_sample(sample) for sample in manifest["samples"][:SAMPLES]],
-        limits=_limits(manifest, _config(folder)),
+        limits=_limits(manifest, _config(folder), sorted(_suites(folder))),
         data=[row for entry in manifest["data"] for row in _data(entry, data_licences or {})],
         template=_template(folder) if chats else None,
         recipe=_recipe(manifest, kind),
@@ -228,7 +228,7 @@ def _data(entry: dict, licences: dict):
     yield [cell(name), cell(entry.get("split") or "–"), rows, revision, f"`{digest}`", cell(licence)]
 
 
-def _limits(manifest: dict, config: dict) -> list[str]:
+def _limits(manifest: dict, config: dict, suites: list[str]) -> list[str]:
     """What the manifest itself tells against the model, and what nobody has measured."""
     limits, parameters = [], manifest.get("parameters")
     if parameters and parameters < SMALL:
@@ -239,9 +239,10 @@ def _limits(manifest: dict, config: dict) -> list[str]:
         if gain.get("passed") is False
     ]
     if manifest["stage"] != "tokenizer":
+        also = " and by the suites above" if suites else ""
         limits.append(
-            "It was measured on the held-out rows named below and on nothing else; no figure here is about safety, "
-            "bias or refusal."
+            f"It was measured on the held-out rows named below{also}, and on nothing else; what has no figure here "
+            "(safety, bias, refusal, ...) is not known."
         )
     if any(entry.get("name") == "tiny" for entry in _flat(manifest["data"])):
         limits.append("It learned from `tiny`, a small invented world: it knows nothing of the real one.")
@@ -276,7 +277,7 @@ def _recipe(manifest: dict, kind: str) -> str:
     names = [f"{name} {versions[name]}" for name in ("posttrain", "torch", "transformers", "trl") if name in versions]
     where = f"{machine.get('processes') or machine.get('device') or 'a machine that is not named'}"
     return (
-        f"`accelerate launch recipes/{kind}.py --config config.yaml` with the config below, "
+        f"`accelerate launch recipes/{kind}.py --config config.yaml` with the config below (paths cut to names), "
         f"{figures.duration(manifest.get('wall_time_s'))} on {where}; {', '.join(names) or 'versions not known'}; "
         f"commit {manifest.get('git_commit') or 'not known'}."
     )

@@ -15,6 +15,7 @@ left there and this one has not (shards of larger weights) is removed by the sam
 import argparse
 import logging
 import re
+import shlex
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Target:
         return f"{_api().endpoint}/{self.repo} ({'private' if self.private else 'public'})"
 
     def command(self, folder: Path) -> str:
-        return f"posttrain push {folder} --repo {self.repo}" + ("" if self.private else " --public")
+        """The line that pushes `folder` here."""
+        return f"posttrain push {shlex.quote(str(folder))} --repo {self.repo}" + ("" if self.private else " --public")
 
 
 def add_verb(verbs, debug: argparse.ArgumentParser) -> None:
@@ -83,6 +85,8 @@ def _stages(folder: Path, repo: str | None) -> list[tuple[Path, str | None]]:
         raise UserError(
             f"{folder} is no stage of posttrain (it has no {STAGE}), nor a run of any; `hf upload` sends other folders"
         )
+    for path in sorted({file.parent for file in folder.glob(f"*/{RUN}")} - set(found)):
+        print(f"{path} is not finished and is left out")
     in_order = sorted(found, key=lambda path: (found[path]["created"], path.name))
     return [(path, repo and f"{repo}-{path.name}") for path in in_order]
 
@@ -204,7 +208,7 @@ def content(folder: Path, repo: str, licence: str | None, ask: bool = True) -> d
         "hub": {"repo": repo, "manifest_sha256": checkpoint.sha256_file(folder / STAGE)},
         "lineage": [stage.as_dict() for stage in stages],
     }
-    return hub_files.collect(folder, text, base, **facts)
+    return hub_files.collect(folder, text, lineage.adapter_base(stages), **facts)
 
 
 def push(folder: Path, target: Target, licence: str | None = None) -> str:

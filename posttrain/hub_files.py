@@ -31,6 +31,7 @@ NEEDED = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model",
     "chat_template.jinja", "evals/*.json", STAGE, CARD,
 )  # fmt: skip
+NOTICES = ("LICENSE*", "NOTICE*", "USE_POLICY*")  # put there by who must pass them on, with Llama's weights for one
 HERE_ONLY = ("vllm_server_base_url", "vllm_server_host")
 SPECIAL = re.compile("(bos|eos|pad|unk|sep|cls|mask)_token")  # a tokenizer's, no secret
 QUOTES = ("samples",)  # what was said by models and people: only the home folder is taken out of it
@@ -63,7 +64,7 @@ def collect(folder: Path, card: str, origin: str | None = None, **facts) -> dict
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and needed(name):
+        if path.is_file() and (needed(name) or _notice(name)):
             found[name] = path
     for name in [name for name in found if name.startswith("evals/")]:
         found[name] = _as_json(public(json.loads(found[name].read_bytes())))
@@ -98,13 +99,16 @@ def needed(name: str) -> bool:
     return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in NEEDED)
 
 
+def _notice(name: str) -> bool:
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in NOTICES)
+
+
 def stays(folder: Path) -> list[str]:
     """Names directly in `folder` of which nothing goes up."""
-    return sorted(
-        path.name + "/" * path.is_dir()
-        for path in folder.iterdir()
-        if not (needed(path.name) or any(pattern.startswith(f"{path.name}/") for pattern in NEEDED))
-    )
+    folders = {pattern.partition("/")[0] for pattern in NEEDED if "/" in pattern}
+    names = {path.name: path.is_dir() for path in folder.iterdir()}
+    kept = [name for name in sorted(names) if not (needed(name) or _notice(name) or name in folders)]
+    return [name + "/" * names[name] for name in kept]
 
 
 def public(value, key: str | None = None):

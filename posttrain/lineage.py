@@ -77,6 +77,11 @@ def pushed_as(folder: Path) -> str | None:
     return told["repo"] if told["manifest_sha256"] == sha256_file(folder / STAGE) else None
 
 
+def adapter_base(found: list[Ancestor]) -> str | None:
+    """The Hub's name of the very model that an adapter was trained on, the parent; None where it is not there."""
+    return next((ancestor.hub for ancestor in found if ancestor.trunk and ancestor.depth == 1), None)
+
+
 def base_model(found: list[Ancestor]) -> str | None:
     """The nearest ancestor on the Hub whose weights this model's go back to."""
     return next((ancestor.hub for ancestor in found if ancestor.trunk and ancestor.hub), None)

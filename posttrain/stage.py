@@ -1,7 +1,8 @@
 """One stage: from a parsed config and its parents to a folder with a checkpoint and a manifest, or a clear refusal.
 
 In: the recipe's dataclasses, its parents by role, its data. Out: `output_dir`, a plain Hugging Face checkpoint with
-`stage.json`, which is written last: a folder without it is not a finished stage. Recipes call
+`stage.json`, which is written after it: a folder without it is not a finished stage. Then the model card, README.md,
+and with `push_to_hub` the way to the Hub. Recipes call
 
     stage = start("sft", configs, parents={"policy": path}, data=[...])
     ... stage.log(step, loss=...); stage.save(step, write) when due; with stage.running(): ...

@@ -122,7 +122,7 @@ def test_limits_are_what_the_manifest_tells_against_the_model(tmp_path):
     )  # fmt: skip
     limits = part(card.make(folder), "Limits")
     for words in ("984k parameters", "missed its goal: pass@1 (+30 points)", "`--allow truncated`): 12 % of the rows",
-                  "3 rows of tiny", "invented world", "in no commit", "no figure here is about safety"):  # fmt: skip
+                  "3 rows of tiny", "invented world", "in no commit", "and on nothing else"):  # fmt: skip
         assert words in limits, words
     assert part(card.make(folder_of(tmp_path / "good")), "Limits").count("\n- ") == 1
 

@@ -78,6 +78,13 @@ def test_a_run_is_private_whole_and_says_nothing_of_this_machine(hub, pushed, ru
         assert part.encode() not in hub.everything()
 
 
+def test_every_stage_has_its_card_from_the_start(small_chain):
+    for name in STAGES:
+        found = ModelCard((small_chain / name / "README.md").read_text())
+        assert f"# small-{name}\n" in found.text and "**Not stated.**" in found.text and name in found.data.tags
+        assert "README.md" not in manifest(small_chain / name)["files"]  # a push and an evaluation write it anew
+
+
 def test_cards_name_the_chain_as_the_hub_knows_it(hub, pushed, run):
     cards = {name: ModelCard(hub.repos[f"ann/small-{name}"].files["README.md"].decode()) for name in STAGES}
     heads = {name: card.data.to_dict() for name, card in cards.items()}
