@@ -10,7 +10,8 @@
     posttrain board runs/tiny [MODEL ...] [--port 7860]
     posttrain serve runs/tiny/sft [--port 8000]
     posttrain eval runs/tiny/reward --data tiny --data_config rankings [--json FILE]
-    posttrain eval runs/tiny/pretrain --suite tiny | --tasks A,B | --regurgitation ... [--json FILE]
+    posttrain eval RUN|MODEL --suite math|code|identity|chat|base|tiny [--data NAME] [--against MODEL] | --again FILE
+    posttrain eval runs/tiny/pretrain --tasks A,B | --regurgitation ... [--json FILE]
     posttrain ratings runs/tiny
     posttrain push runs/tiny/grpo --repo user/name [--public] [--license NAME] [--dry_run]
     posttrain bestof --model runs/tiny/sft --reward runs/tiny/reward --n 16 --data tiny --data_config prompts

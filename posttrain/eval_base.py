@@ -45,7 +45,7 @@ class Subject:
         # Models without position limit (state space models) have no such key.
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
         self.scratch = tempfile.TemporaryDirectory(prefix="posttrain-eval-")
-        self.study = Study(Path(self.scratch.name), {"seed": self.options.seed}, "eval")
+        self.study = Study(Path(self.scratch.name), {"seed": self.options.seed}, f"eval {Path(options.model).name}")
         self.longest = 0  # tokens that the engine needs room for
 
     @cached_property

@@ -14,40 +14,53 @@ tie. A judge behind an OpenAI-compatible server reads each pair in both orders (
 
 import asyncio
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 
 from posttrain.errors import UserError
 from posttrain.intervals import measured
 from posttrain.pairwise import both_orders, win_rates
+from posttrain.suite_settings import same_model
 
 SCORE = "reward model"
 
 
-def add_comparison(results: list, given, measure: Callable) -> None:
-    """Adds the scores under --reward and the win rates against --against to the figures of `results`.
+class Comparison:
+    """Measures a model (`one(target)`), then adds the scores under --reward and the win rates against --against.
 
-    measure(target) -> a result of the other model, on the same rows with the same settings. UserError for a --reward
-    that is no reward model, an --against that cannot be asked, or prompts that only one of the models has room for.
+    UserError for a --reward that is no reward model, an --against that cannot be asked, or prompts that only one of
+    the models has room for.
     """
-    from posttrain.suite_settings import targets
 
-    scorer = Scorer(given.reward) if given.reward else None
-    rival = None
-    if given.against:
-        (target, *others), _ = targets(given.against, given.suite)
-        if others:
-            raise UserError(f"--against: {given.against} is a run; expected one model, such as {target.path}")
-        known = {str(Path(result.target.path).resolve()): result for result in results}
-        rival = known.get(str(Path(target.path).resolve())) or measure(target)
-    scores = {}
-    if scorer:
-        for result in {id(each): each for each in [*results, *([rival] if rival else [])]}.values():
-            scores[id(result)] = scorer.scores(result.found)
-        for result in results:
-            _add_score(result, scores[id(result)])
-    for result in results:
-        if rival is not None and result is not rival:
-            _add_win_rates(result, rival, given, scores)
+    def __init__(self, given, one: Callable):
+        from posttrain.suite_settings import targets
+
+        self.given, self.one = given, one
+        self.scorer = Scorer(given.reward) if given.reward else None
+        self.rival = None
+        if given.against:
+            (target, *others), _ = targets(given.against, given.suite)
+            if others:
+                raise UserError(f"--against: {given.against} is a run; expected one model, such as {target.path}")
+            self.rival = self._scored(target)
+
+    def __call__(self, target):
+        if self.rival is None:
+            return self._scored(target)[0]
+        rival, theirs = self.rival
+        if same_model(target.path, rival.target.path):
+            return replace(rival, target=target)
+        result, mine = self._scored(target)
+        _add_win_rates(result, rival, self.given, mine, theirs)
+        return result
+
+    def _scored(self, target) -> tuple:
+        """(result, score of each reply)."""
+        result = self.one(target)
+        if self.scorer is None:
+            return result, []
+        scores = self.scorer.scores(result.found)
+        _add_score(result, scores)
+        return result, scores
 
 
 def _add_score(result, scores: list[float | None]) -> None:
@@ -63,14 +76,14 @@ def _add_score(result, scores: list[float | None]) -> None:
     found.metrics = {SCORE: measured(known), **found.metrics}
 
 
-def _add_win_rates(result, rival, given, scores: dict) -> None:
+def _add_win_rates(result, rival, given, scores: list, rival_scores: list) -> None:
     mine, theirs = first_replies(result.found), first_replies(rival.found)
     shared = [row for row in mine if row in theirs]
     if not shared:
         raise UserError(f"--against: no prompt has room in both {result.target.path} and {rival.target.path}")
     name = rival.target.name
     if given.reward:
-        a, b = (by_first(each.found, scores[id(each)]) for each in (result, rival))
+        a, b = by_first(result.found, scores), by_first(rival.found, rival_scores)
         outcomes = [outcome(a[row], b[row]) for row in shared]
         facts = {}
     else:
@@ -82,7 +95,8 @@ def _add_win_rates(result, rival, given, scores: dict) -> None:
         raise UserError("--against: not one pair could be judged")
     lengths = [(len(mine[row][1]), len(theirs[row][1])) for _, row in known]
     rates = win_rates([o for o, _ in known], lengths, name)
-    result.found.metrics = {**rates, **facts, **result.found.metrics}
+    first = dict(list(rates.items())[:2])  # plain and length-controlled
+    result.found.metrics = {**first, **result.found.metrics, **rates, **facts}
     result.conclusions.append(
         f"{result.target.name} against {name}: {len(known)} prompts, judged by {given.reward or given.judge_model}; "
         + ("a tie is an equal score" if given.reward else "both orders read; orders that contradict each other tie")
@@ -122,10 +136,13 @@ class Scorer:
     """A reward model; scores are (score - mean) / std of its held-out rankings where its manifest has them."""
 
     def __init__(self, path: str):
+        import transformers
+
         from posttrain.layouts import find_layout
         from posttrain.models import ModelConfig, load_config, load_scalar_model, load_tokenizer
         from posttrain.stage import read_manifest
 
+        transformers.utils.logging.disable_progress_bar()
         architectures = load_config(path).architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in architectures):
             raise UserError(

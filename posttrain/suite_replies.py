@@ -115,12 +115,15 @@ def with_system(row: dict, system: str | None) -> dict:
 def measure(subject, rows: list[dict], settings: Settings) -> Found:
     """Sample and judge. UserError for rows that the suite cannot judge, or a base model that it cannot ask."""
     _check_columns(rows, settings.suite)
+    rewards = _rewards(settings)
     asker = Asker(subject, rows, settings)
     sampling = settings.sampling(asker.stops)
+    each = "1 reply" if sampling.n == 1 else f"{sampling.n} replies"
+    subject.study.note(f"{len(asker.rows)} prompts, {each} each, at most {sampling.max_tokens} tokens")
     replies = asker.replies(sampling)
     texts = [decode(subject.tokenizer, completion.ids, asker.stops) for completion in replies.completions]
     found = Found(rows=[row["row"] for row in asker.rows], replies=replies, texts=texts)
-    values = _judged(settings, replies, texts, subject.tokenizer)
+    values = _judged(settings, rewards, replies, texts, subject.tokenizer)
     if asker.chats:
         values["replies that end"] = [float(c.stop == "stop") for c in replies.completions]
     values["reply length"] = [float(len(c.ids)) for c in replies.completions]
@@ -152,10 +155,17 @@ def _check_columns(rows: list[dict], suite: str) -> None:
             )
 
 
-def _judged(settings: Settings, replies: Rollouts, texts: list[str], tokenizer) -> dict[str, list[float | None]]:
-    """name -> a value a reply."""
+def _rewards(settings: Settings) -> list:
+    """The suite's verifier and the rewards asked for; those that cannot run here say so before anything is sampled."""
     names = [*filter(None, [VERIFIERS.get(settings.suite)]), *settings.reward_funcs]
-    values = call_rewards(load_rewards(list(dict.fromkeys(names)), []), replies, tokenizer)
+    if settings.suite == "chat":
+        load_rewards(["language"], [])
+    return load_rewards(list(dict.fromkeys(names)), [])
+
+
+def _judged(settings: Settings, rewards: list, replies: Rollouts, texts: list[str], tokenizer) -> dict:
+    """name -> a value a reply."""
+    values = call_rewards(rewards, replies, tokenizer)
     if settings.suite == "math":
         marks = [marked_answer(text, number=True) is not None for text in texts]
         return values | {"replies with a marked answer": list(map(float, marks))}

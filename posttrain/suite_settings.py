@@ -42,6 +42,7 @@ HINTS = {
     "chat": "a file or Hub name with a column prompt, or --data_adapter oasst_rankings",
     "base": "texts, or --few_shot FILE, or --tasks A,B",
 }
+JUDGED_KINDS = ("problems", "prompts")  # rows of tiny that tell the simulated labeller's utility
 TINY_REWARDS = ("tiny_utility",)
 PIP = {"expected": [["Pip"]], "own": ["Pip"], "fact": "name"}
 
@@ -67,6 +68,11 @@ def is_run(name: str) -> bool:
     folder = Path(name)
     own = (folder / "config.json").is_file() or (folder / "stage.json").is_file()
     return folder.is_dir() and not own and any(folder.glob("*/stage.json"))
+
+
+def same_model(first: str, second: str) -> bool:
+    """Whether two names lead to one folder, or are one name on the Hub."""
+    return Path(first).resolve() == Path(second).resolve()
 
 
 def targets(name: str, suite: str) -> tuple[list[Target], list[str]]:
@@ -170,7 +176,7 @@ def _resolve_replies(given: Namespace, found: list[Target], config: dict) -> Non
     defaults = {
         "num_generations": GENERATIONS[suite], "max_tokens": tokens, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
         "sample_seed": IDENTITY_SEED if suite == "identity" else EVAL_SEED,
-        "reward_funcs": list(TINY_REWARDS) if given.data == "tiny" else [],
+        "reward_funcs": list(TINY_REWARDS) if given.data_config in JUDGED_KINDS and given.data == "tiny" else [],
     }  # fmt: skip
     for key, value in defaults.items():
         if getattr(given, key) is None:

@@ -29,7 +29,11 @@ def headline(given, result) -> str:
     """What was asked, of what, and how it was sampled."""
     data = result.data[0] if result.data else {}
     kind = f" ({data['config']})" if data.get("config") else ""
-    what = f"suite {given.suite}: {data.get('rows', '')} rows of {data.get('name')}{kind}, {data.get('split')}"
+    what = f"suite {given.suite}"
+    if data:
+        rows = f"{data['rows']} rows of " if "rows" in data else ""
+        split = f", {data['split']}" if data.get("split") else ""
+        what += f": {rows}{data.get('name')}{kind}{split}"
     if "engine" not in result.found.more:
         return what
     more = result.found.more

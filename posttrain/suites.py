@@ -13,10 +13,13 @@ standard errors. What a stage's own evaluation measured on the same rows with th
 
 import math
 import os
+import re
 import shlex
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from posttrain import suite_table
@@ -33,6 +36,7 @@ from posttrain.suite_settings import (
     load_suite,
     require_suite,
     resolved,
+    same_model,
     targets,
 )
 
@@ -54,38 +58,56 @@ class Result:
 
 
 def run(options: Namespace) -> str:
-    """Measure, store, and say it. UserError for what cannot be asked, before any model is loaded."""
-    given, results, left_out = measure(options)
-    told = [stored(result, given) for result in results]
-    notes = [*left_out]
-    for result, one in zip(results, told, strict=True):
-        notes += keep(result.target.path, given, one)
+    """Measure, store, and say it. Each model's figures are stored as soon as they are there. UserError for what cannot
+    be asked, before any model is loaded."""
+    told, notes = [], []
+
+    def done(given: Namespace, result: Result) -> None:
+        if given.against and same_model(
+            given.against, result.target.path
+        ):  # a run's stage that others are held against
+            given = Namespace(**{**vars(given), "against": None, "judge": None})
+        told.append(stored(result, given))
+        notes.extend(keep(result.target.path, given, told[-1]))
+
+    given, results, left_out = measure(options, done)
     if options.json is not None:
         write_json(Path(options.json), told[0] if len(told) == 1 else {"format": FORMAT, "models": told})
-    return "\n".join([suite_table.text(given, results), *notes])
+    return "\n".join([suite_table.text(given, results), *left_out, *notes])
 
 
-def measure(options: Namespace) -> tuple[Namespace, list[Result], list[str]]:
-    """(resolved options, a result a model, a line for each stage that is left out)."""
+def measure(options: Namespace, done: Callable = lambda given, result: None) -> tuple[Namespace, list, list[str]]:
+    """(resolved options, a result a model, a line for each stage that is left out); `done` gets each result."""
     require_suite(options.suite)
     found, left_out = targets(options.model, options.suite)
     given = resolved(options, found)
     check_flags(given)
-    if given.suite not in REPLY_SUITES:
-        return given, _compared([_measure_base(target, given) for target in found]), left_out
-    rows, description = load_suite(given)
-    if len(found) > 1 and not all("few_shot" in row for row in rows):
-        bases = [target for target in found if not target.chats]
-        left_out += [f"{target.name}: left out, it has no chat template and the rows no few_shot" for target in bases]
-        found = [target for target in found if target.chats] or found
-    results = [_measure_replies(target, given, rows, description) for target in found]
-    if given.against or given.reward:
-        from posttrain.suite_against import add_comparison
+    if given.suite in REPLY_SUITES:
+        rows, description = load_suite(given)
+        if len(found) > 1 and not all("few_shot" in row for row in rows):
+            bases = [target.name for target in found if not target.chats]
+            left_out += [f"{name}: left out, it has no chat template and the rows no few_shot" for name in bases]
+            found = [target for target in found if target.chats] or found
+        one = _with_judge(partial(_measure_replies, given=given, rows=rows, description=description), given)
+    else:
+        one = partial(_measure_base, given=given)
+    results: dict[str, Result] = {}
+    for target in found:
+        result = results[target.name] = one(target)
+        result.conclusions += own_figures(result, given) + seen_in_training(result)
+        if parent := results.get(target.parent):
+            result.changes = paired(parent.found, result.found, target.parent)
+        done(given, result)
+    return given, list(results.values()), left_out
 
-        add_comparison(results, given, lambda target: _measure_replies(target, given, rows, description))
-    for result in results:
-        result.conclusions += own_figures(result, given)
-    return given, _compared(results), left_out
+
+def _with_judge(one: Callable, given: Namespace) -> Callable:
+    """`one`, with a reward model's scores and win rates added where they are asked for."""
+    if not (given.against or given.reward):
+        return one
+    from posttrain.suite_against import Comparison
+
+    return Comparison(given, one)
 
 
 def check_flags(given: Namespace) -> None:
@@ -144,15 +166,6 @@ def _measure_base(target: Target, given: Namespace) -> Result:
 
 
 # --- held against others
-
-
-def _compared(results: list[Result]) -> list[Result]:
-    """Fills `changes` of each stage of a run with a parent among the results."""
-    by_name = {result.target.name: result for result in results}
-    for result in results:
-        if parent := by_name.get(result.target.parent):
-            result.changes = paired(parent.found, result.found, result.target.parent)
-    return results
 
 
 def paired(before, after, against: str) -> dict[str, dict]:
@@ -219,6 +232,17 @@ def own_figures(result: Result, given: Namespace) -> list[str]:
     return [f"{first}, and {len(agree)} of {len(lines)} figures are equal{why}: {'; '.join(lines)}"]
 
 
+def seen_in_training(result: Result) -> list[str]:
+    """A line where the stage learned from the split that it is asked about."""
+    trained = (result.target.manifest.get("data") or [{}])[0]
+    for source in result.data:
+        splits = [str(one.get("split")).partition("[")[0] for one in (trained, source)]
+        if splits[0] == splits[1] and all(trained.get(key) == source.get(key) for key in ("name", "config")):
+            return [f"{result.target.name} learned from the split {splits[0]} of {source['name']}: these figures may "
+                    "be what it remembers"]  # fmt: skip
+    return []
+
+
 # --- stored
 
 
@@ -279,8 +303,14 @@ def command(model: str, given: Namespace) -> str:
 
 
 def file_name(given: Namespace) -> str:
-    """math, or chat-against-sft: what a plain chat suite measured stays."""
-    return f"{given.suite}-against-{Path(given.against).name}" if given.against else given.suite
+    """math; of other data than tiny's math-gsm8k, of a file math-gsm8k-train; with --against chat-against-sft."""
+    parts = [given.suite]
+    if given.data not in (None, "tiny"):
+        path = Path(given.data)
+        parts += [path.resolve().parent.name, path.name.partition(".")[0]] if path.is_file() else [path.name]
+    if given.against:
+        parts += ["against", Path(given.against).name]
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip("-")
 
 
 def keep(model: str, given: Namespace, told: dict) -> list[str]:
