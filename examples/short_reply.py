@@ -3,6 +3,10 @@
     accelerate launch recipes/grpo.py --config recipes/tiny/grpo.yaml --output_dir runs/examples/short_reply \
         --reward_funcs correct examples.short_reply.short --reward_weights 1.0 0.2
 
+What came out: pass@1 43.2 % [40.1, 46.4] -> 87.4 % [84.6, 90.2] as with `correct` alone (86.9 %), and less beside it:
+"Happy to help!" and the like stand in 3 % [2, 4] of 800 replies, with `correct` alone in 15 % [12, 17], before RL in
+24 % [21, 27]. Right answers need their steps, so replies are hardly shorter: 29.0 tokens [28.6, 29.5] against 29.5.
+
 In: TRL's arguments (prompts, completions, completion_ids, and the rows' columns). Out: a number for each completion,
 or None where the function does not apply.
 """

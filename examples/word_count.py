@@ -3,6 +3,10 @@
     accelerate launch recipes/grpo.py --config examples/tool_use/grpo.yaml --output_dir runs/examples/word_count \
         --tools calculator examples.word_count.word_count
 
+What came out: the products of examples/tool_use with a second tool beside the calculator, which SFT did not show and
+no product needs: pass@1 18.5 % [14.1, 22.8] -> 66.4 % [59.7, 73.1], where the calculator alone gives 33.5 -> 83.6 %.
+None of the 96 rollouts kept calls it, but a prompt that is new costs: show SFT every tool that you will use.
+
 In: what the model writes between <tool_call> tags. Out: the text that it reads before it goes on. The chat model has
 to know of calls: examples/tool_use/sft.yaml comes first.
 """

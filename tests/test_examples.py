@@ -136,8 +136,8 @@ def test_expert_iteration(small_chain, tmp_path):
 def test_two_processes(small_chain, tmp_path):
     """The same losses as one process has, batch by batch, but for the last bits."""
     launch = shlex.split(commands(EXAMPLES / "two_processes.sh")[0])
-    at = launch.index("recipes/pretrain.py")
-    settings = {"tokenizer_path": small_chain / "tokenizer", "max_steps": 3, "learning_rate": 1e-4}
+    at = launch.index("recipes/reward.py")
+    settings = {"model_name_or_path": small_chain / "sft", "max_steps": 3, "learning_rate": 1e-4}
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", *launch[2:at]]
     two = shell(*accelerate, *small(launch[at:], tmp_path / "two", **settings), ACCELERATE_USE_CPU="true")
     assert "2 processes on cpu (gloo)" in two

@@ -3,6 +3,9 @@
     accelerate launch recipes/sft.py --config examples/tool_use/sft.yaml
     accelerate launch recipes/grpo.py --config examples/tool_use/grpo.yaml
 
+What came out: pass@1 on 90 held-out products 33.5 % [29.5, 37.4] after SFT, when about half of the replies call, and
+83.6 % [81.0, 86.2] after 24 steps of GRPO, when 87 % of them do; the same model made to answer at once 0.1 % [0, 0.4].
+
 In: tiny's sums, "What is 37+48?". Out: products, "What is 37*48?", as conversations to learn from (every other one
 calls the calculator, the rest answer at once, as people do who know) or as problems. How to add a tool of your own
 is in examples/word_count.py.
