@@ -19,6 +19,7 @@ from posttrain.lookup import function_by_name, nearest
 from posttrain.rewards.code import code_reward
 from posttrain.rewards.format import format_reward
 from posttrain.rewards.guard import Thread
+from posttrain.rewards.honest import honest, informs, stated
 from posttrain.rewards.judge import judge_reward
 from posttrain.rewards.language import language_reward
 from posttrain.rewards.length import length_reward, overlong_reward
@@ -41,9 +42,13 @@ REWARDS: dict[str, RewardFn] = {
     "code": code_reward,
     "model": model_reward,
     "judge": judge_reward,
+    "honest": honest,
+    "stated": stated,
+    "informs": informs,
     "tiny_utility": utility_reward,
 }
-TRIED = ("format", "length", "overlong", "repetition", "language", "code", "model", "judge")
+FACTS = {"answer": [], "others": []}
+TRIED = ("format", "length", "overlong", "repetition", "language", "code", "model", "judge", "honest")
 
 
 def load_rewards(
@@ -74,7 +79,7 @@ def _with_options(name: str, given: dict | None) -> RewardFn:
     function = load_reward(name)
     bound = function if given is None else bind(name, function, given)
     if name in TRIED:
-        values = bound(prompts=[], completions=[], completion_ids=[], prompt_ids=[], tests=[])
+        values = bound(prompts=[], completions=[], completion_ids=[], prompt_ids=[], tests=[], **FACTS)
         if asyncio.iscoroutine(values):
             Thread(lambda: asyncio.run(values)).result(None)  # where an event loop runs already (a notebook), too
     return bound

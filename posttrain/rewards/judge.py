@@ -148,6 +148,22 @@ async def compare(
     return found
 
 
+async def chat(
+    conversations: list[list[dict]], *, base_url: str | None = None, model: str | None = None,
+    api_key_env: str | None = None, cache: str | None = None, temperature: float = 0.0, max_tokens: int = 512,
+    concurrency: int = 16, retries: int = 5, request_timeout: float = 60.0,
+) -> list[str]:  # fmt: skip
+    """The model's reply to each conversation (messages), for who wants more of it than a verdict; options, cache and
+    errors are those of `judge_reward`. Without conversations the options alone are checked."""
+    where = _judge(
+        base_url, model, api_key_env, CRITERIA, cache, temperature, max_tokens, concurrency, retries, request_timeout
+    )
+    return await _replies(where, [[{**m, "content": _sendable(m["content"])} for m in each] for each in conversations])
+
+
+CHAT_OPTIONS = tuple(chat.__kwdefaults__)
+
+
 def _count_unreadable(judge: Judge, unreadable: int, said: list[str], scores: list[float | None]) -> None:
     """UserError where not one answer of a batch could be read: it is the judge, then, and not the reply."""
     COUNTS["unreadable"] += unreadable
@@ -266,15 +282,20 @@ def _messages(criteria: str, ask: str, material: dict[str, str]) -> list[dict]:
 
 
 async def _ask(judge: Judge, requests: list[tuple[str, dict[str, str]]]) -> list[str]:
-    """The judge's answers in order, each request made once at most."""
+    """The judge's answers in order."""
+    return await _replies(judge, [_messages(judge.criteria, ask, material) for ask, material in requests])
+
+
+async def _replies(judge: Judge, conversations: list[list[dict]]) -> list[str]:
+    """Replies in order, each request made once at most."""
     bodies = [
         {
             "model": judge.model,
-            "messages": _messages(judge.criteria, ask, material),
+            "messages": messages,
             "temperature": judge.temperature,
             "max_tokens": judge.max_tokens,
         }
-        for ask, material in requests
+        for messages in conversations
     ]
     keys = [hashlib.sha256(json.dumps([judge.base_url, body]).encode()).hexdigest() for body in bodies]
     judge.cache.refresh()

@@ -1,0 +1,85 @@
+"""Rewards for facts: right pays more than "I do not know", and that pays more than a wrong answer.
+
+In: completions (strings or message lists) and the columns `answer` (a name, a word, a number; "" where nobody knows
+it) and `others` (values of the same kind that are wrong for this question; may be []). Out: a score each, None where
+`answer` is None. `questions.jsonl` of a probe (posttrain/probe.py) has these columns.
+
+    reward_funcs: [honest]
+    reward_options: {honest: {wrong: -2.0}}
+
+With pay r for right, 0 for a refusal and w for wrong, a guess pays off where it is right with a probability above
+-w / (r - w): the default asks for 50 %, wrong: -3 for 75 %. A wrong answer that costs no more than a refusal teaches
+guessing (Kalai et al. 2509.04664).
+
+One answer is read from a completion, never several: naming `others` beside the answer, an "or" beside it, "not Arvale",
+"Arvale?" or a reply of more than MAX_WORDS words is wrong. A number is read as the reward `correct` reads it.
+"""
+
+import re
+import unicodedata
+
+from posttrain.errors import UserError
+from posttrain.identity_eval import claims, read_text
+from posttrain.refusals import is_refusal
+from posttrain.rewards.math import correct
+from posttrain.rewards.options import number
+from posttrain.rewards.text import reply_text
+
+MAX_WORDS = 80  # a reply that says more does not answer a question for one fact
+NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?")
+CHOICE = r"(?:\s*/\s*|,?\s+(?:or|and/or)\s+(?:(?:in|a|an|the|maybe|perhaps)\s+)*)"
+
+
+def honest(
+    prompts, completions, completion_ids=None, *, answer, others, right: float = 1.0, refused: float = 0.0,
+    wrong: float = -1.0, **columns,
+) -> list[float | None]:  # fmt: skip
+    """`right`, `refused` or `wrong` for each completion. Where nobody knows the answer ("", or an answer that is
+    itself a refusal), nothing is right. UserError unless right > refused > wrong."""
+    for name, value in (("right", right), ("refused", refused), ("wrong", wrong)):
+        number("honest", name, value, low=-1000)
+    if not right > refused > wrong:
+        raise UserError(
+            f"reward_options: honest: found right {right}, refused {refused}, wrong {wrong}; expected "
+            "right > refused > wrong, else guessing or silence pays"
+        )
+    pays = {"right": right, "refused": refused, "wrong": wrong}
+    return [
+        None if gold is None else pays[verdict(reply_text(reply), gold, other or ())]
+        for reply, gold, other in zip(completions, answer, others, strict=True)
+    ]
+
+
+def stated(prompts, completions, completion_ids=None, *, answer, others, **columns) -> list[float | None]:
+    """1.0 where the completion states the answer, 0.0 where not (also: a refusal), None where `answer` is None."""
+    return [
+        None if gold is None else float(verdict(reply_text(reply), gold, other or ()) == "right")
+        for reply, gold, other in zip(completions, answer, others, strict=True)
+    ]
+
+
+def informs(prompts, completions, completion_ids=None, **columns) -> list[float]:
+    """1.0 where the completion says anything: it has a letter or digit and is no refusal."""
+    return [float(bool(read_text(text).words) and not is_refusal(text)) for text in map(reply_text, completions)]
+
+
+def verdict(reply: str, answer: str, others=()) -> str:
+    """ "right", "refused" or "wrong". `answer`: "" where nobody knows it."""
+    if is_refusal(reply):
+        return "refused"
+    if not answer or is_refusal(answer):
+        return "wrong"
+    return "right" if states(reply, answer, others) else "wrong"
+
+
+def states(reply: str, answer: str, others=()) -> bool:
+    """Whether a reply gives this answer and no other one. See the rules above."""
+    if NUMBER.fullmatch(answer.strip()):
+        return correct(None, [reply], answer=[answer.strip()])[0] == 1.0
+    text = read_text(reply)
+    if len(text.words) > MAX_WORDS or answer not in claims(text, [answer, *others]):
+        return False
+    if claims(text, [answer, *others]) != {answer}:
+        return False
+    plain, word = unicodedata.normalize("NFKC", reply).casefold(), re.escape(answer.casefold())
+    return re.search(rf"(?<!\w){word}{CHOICE}\w|\w{CHOICE}{word}(?!\w)", plain) is None
