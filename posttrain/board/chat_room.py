@@ -69,9 +69,9 @@ def room(pool: Pool) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=320):
             stage = gr.Dropdown(controls.choices(pool), value=controls.newest(pool), label="Stage", filterable=False)
-            shown = gr.HTML(view.talk([], EMPTY), apply_default_css=False, elem_classes="talk-box", autoscroll=True)
+            shown = gr.HTML(view.talk([], EMPTY), apply_default_css=False, elem_id="talk-box", autoscroll=True)
             text = gr.Textbox(
-                label="Message", lines=1, max_lines=12, max_length=MOST_CHARACTERS, elem_classes="message-box",
+                label="Message", lines=1, max_lines=12, max_length=MOST_CHARACTERS,
                 placeholder="Enter sends, Shift+Enter begins a line",
             )  # fmt: skip
             with gr.Row():

@@ -72,6 +72,6 @@ def choices(pool: Pool) -> list[tuple[str, str]]:
 
 
 def newest(pool: Pool) -> str:
-    """The stage that a room begins with: the last chat model, or the last model where none chats."""
-    entries = list(pool.entries.values())
-    return next((e.name for e in reversed(entries) if not e.is_base), entries[-1].name)
+    """The stage that a room begins with: the last that chats, a stage of ours before another model."""
+    chats = [entry for entry in pool.entries.values() if not entry.is_base] or list(pool.entries.values())
+    return ([entry for entry in chats if entry.manifest] or chats)[-1].name

@@ -37,25 +37,25 @@ CSS = """
   --system: #c58ade; --user: #7fb2ee; --assistant: #5fc9b3; --tool: #e0ac4d; --other: #97a1aa; --low: 16%;
   --high: 36%; }
 .gradio-container { max-width: 1280px !important; width: 100%; margin: 0 auto; }
-.talk-box { max-height: max(320px, 58vh); overflow-y: auto; }
-.head { display: flex; flex-wrap: wrap; gap: 2px 16px; align-items: baseline; color: var(--ink); }
-.head h1 { font-size: 22px; letter-spacing: -.01em; margin: 0; }
-.head span { color: var(--soft); font-size: 14px; overflow-wrap: anywhere; }
+#talk-box { max-height: max(320px, 58vh); overflow-y: auto; }
+.board-head { display: flex; flex-wrap: wrap; gap: 2px 16px; align-items: baseline; color: var(--ink); }
+.board-head h1 { font-size: 22px; letter-spacing: -.01em; margin: 0; }
+.board-head span { color: var(--soft); font-size: 14px; overflow-wrap: anywhere; }
 .talk { display: flex; flex-direction: column; gap: 12px; color: var(--ink); padding: 4px; }
 .talk .empty { color: var(--soft); margin: 24px auto; text-align: center; max-width: 40em; }
-.message { border-radius: 10px; padding: 8px 14px 10px; background: var(--box); max-width: 92%;
+article.message { border-radius: 10px; padding: 8px 14px 10px; background: var(--box); max-width: 92%;
   align-self: flex-start; overflow-wrap: anywhere; }
-.message.user { align-self: flex-end; background: color-mix(in srgb, var(--user) 14%, transparent); }
-.message.completion { max-width: 100%; align-self: stretch; }
-.message h4 { font-size: 12px; font-weight: 600; color: var(--soft); margin: 0 0 2px; }
+article.message.user { align-self: flex-end; background: color-mix(in srgb, var(--user) 14%, transparent); }
+article.message.completion { max-width: 100%; align-self: stretch; }
+article.message h4 { font-size: 12px; font-weight: 600; color: var(--soft); margin: 0 0 2px; }
 .said { white-space: pre-wrap; unicode-bidi: isolate; line-height: 1.5; font-size: 15px; color: var(--ink); }
 .said em { font-style: normal; color: var(--soft); }
-.message[aria-busy=true] .said::after { content: "\\25AE"; color: var(--soft);
+article.message[aria-busy=true] .said::after { content: "\\25AE"; color: var(--soft);
   animation: board-blink 1s steps(2) infinite; }
 @keyframes board-blink { 50% { opacity: 0; } }
 @media (prefers-reduced-motion: reduce) { .message[aria-busy=true] .said::after { animation: none; } }
-.note { color: var(--soft); font-size: 13px; margin: 4px 0 0; }
-.error { color: var(--bad); font-size: 14px; margin: 4px 0; font-weight: 500; }
+p.note { color: var(--soft); font-size: 13px; margin: 4px 0 0; }
+p.error { color: var(--bad); font-size: 14px; margin: 4px 0; font-weight: 500; }
 .tokens { color: var(--ink); margin: 0 0 16px; }
 .tokens h4 { font-size: 14px; margin: 0 0 6px; }
 .tokens h4 span { font-weight: 400; color: var(--soft); }

@@ -29,7 +29,7 @@ def heading(run: str, entries: Iterable, apart: list[str]) -> str:
     stages = " → ".join(entry.name for entry in entries)
     left = f"not here: {', '.join(apart)}" if apart else ""
     return str(
-        Markup('<header class="head"><h1>{}</h1><span>{}</span><span>{}</span></header>').format(
+        Markup('<header class="board-head"><h1>{}</h1><span>{}</span><span>{}</span></header>').format(
             said(run), said(stages), said(left)
         )
     )
