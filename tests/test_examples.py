@@ -86,6 +86,7 @@ def test_the_page_has_the_commands_of_the_files_and_no_others():
 # ---- one feature each -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_custom_reward(small_chain, tmp_path):
     from examples.short_reply import short
 
@@ -98,6 +99,7 @@ def test_custom_reward(small_chain, tmp_path):
         assert each["reward"] == pytest.approx(each["rewards"]["correct"] + 0.2 * own)
 
 
+@pytest.mark.slow
 def test_custom_template(small_chain, tmp_path):
     from transformers import AutoTokenizer
 
@@ -115,6 +117,7 @@ def test_custom_template(small_chain, tmp_path):
     assert tokenizer.convert_tokens_to_ids("<|over|>") in (stops if isinstance(stops, list) else [stops])
 
 
+@pytest.mark.slow
 def test_lora_ppo(small_chain, tmp_path):
     parents = {"model_name_or_path": small_chain / "sft", "reward_model_path": small_chain / "reward"}
     found = finished(only("lora_ppo.sh", "ppo"), tmp_path / "out", **parents)
@@ -125,6 +128,7 @@ def test_lora_ppo(small_chain, tmp_path):
     assert moved and all(".self_attn." in name or ".mlp." in name for name in moved), "the layers' matrices alone"
 
 
+@pytest.mark.slow
 def test_expert_iteration(small_chain, tmp_path):
     words = only("expert_iteration.sh", "rejection")
     found = finished(words, tmp_path / "out", model_name_or_path=small_chain / "sft")
@@ -146,6 +150,7 @@ def test_two_processes(small_chain, tmp_path):
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_own_data(small_chain, tmp_path):
     """The rows that the visitors liked, each with the clerk's words; the gate reads them without PYTHONPATH."""
     words = only("own_data/museum.py", "sft")
@@ -197,6 +202,7 @@ def tool_model(small_chain, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["tool_use/products.py", "word_count.py"])
 def test_tool_use(tool_model, tmp_path, file):
     """The prompts of RL tell the model of the tools that the command names, in the example's own template."""
