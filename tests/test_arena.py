@@ -102,6 +102,18 @@ def drag(page, label: str, onto: str, below: bool) -> None:
     page.mouse.up()
 
 
+def drag_by_finger(page, label: str, onto: str) -> None:
+    """Touch a card's handle and let go above the middle of another."""
+    page.locator(f'.rank-card[data-label="{onto}"]').scroll_into_view_if_needed()
+    start, end = (page.locator(f'.rank-card[data-label="{name}"]').bounding_box() for name in (label, onto))
+    finger = page.context.new_cdp_session(page)
+    for step in range(9):
+        y = start["y"] + 15 + (end["y"] + 5 - start["y"] - 15) * step / 8
+        at = [{"x": start["x"] + 15, "y": y}]
+        finger.send("Input.dispatchTouchEvent", {"type": "touchMove" if step else "touchStart", "touchPoints": at})
+    finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+
 def press(page, name: str, said: str) -> None:
     page.get_by_role("button", name=name, exact=True).click()
     page.locator("#arena-status", has_text=said).wait_for()
@@ -209,10 +221,11 @@ def test_two_labellers_at_once_one_of_them_on_a_phone(browser, board, page, vote
             number(each, labels[name][model], place)
         each.get_by_label("Your name").fill(name)
     assert other.evaluate("document.documentElement.scrollWidth") <= 390
+    drag_by_finger(other, labels["Bo"]["right"], labels["Bo"]["hostile"])
     press(page, "Vote", "Saved.")
     press(other, "Vote", "Saved.")
     assert [(row["labeller"], row["models"]) for row in rows(votes)[-2:]] == [
-        ("Ada", ["right", "wrong", "hostile"]), ("Bo", ["hostile", "wrong", "right"]),
+        ("Ada", ["right", "wrong", "hostile"]), ("Bo", ["right", "hostile", "wrong"]),
     ]  # fmt: skip
     other.get_by_role("button", name="Ratings").click()
     other.get_by_role("button", name="Count the votes").click()

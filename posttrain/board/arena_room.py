@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from posttrain.board import arena, controls, rank_cards, rating_view
 from posttrain.board.stages import MOST_CHARACTERS, Pool
 from posttrain.board.view import note
-from posttrain.board.votes import MOST_CHARS, MOST_REPLIES, Item, Votes
+from posttrain.board.votes import MOST_CHARS, MOST_REPLIES, ROWS, Item, Votes
 from posttrain.errors import UserError
 
 # What a labeller is asked to weigh follows the idea of Ouyang et al. (2022, arXiv 2203.02155), appendix B.
@@ -76,7 +76,7 @@ def room(pool: Pool, votes: Votes, prompts: arena.Prompts | None = None) -> None
                 ask = gr.Button("Ask", variant="primary", min_width=80)
                 draw = gr.Button("Draw a prompt", visible=prompts is not None, min_width=120)
                 stop = gr.Button("Stop", visible=False, min_width=80)
-            status = gr.HTML(str(note(_count(votes))), elem_id="arena-status", apply_default_css=False)
+            status = gr.HTML(lambda: str(note(_count(votes))), elem_id="arena-status", apply_default_css=False)
             cards = gr.HTML(
                 NOBODY, html_template=rank_cards.HTML, css_template=rank_cards.CSS, js_on_load=rank_cards.SCRIPT,
                 apply_default_css=False, elem_id="arena-cards",
@@ -114,6 +114,8 @@ def room(pool: Pool, votes: Votes, prompts: arena.Prompts | None = None) -> None
     with gr.Accordion("Ratings", open=False):
         refresh = gr.Button("Count the votes")
         ratings = gr.HTML(css_template=rating_view.CSS, apply_default_css=False)
+        learn = f"recipes/reward.py learns from these votes: --dataset_name {votes.folder / ROWS}"
+        gr.HTML(str(note(learn)), apply_default_css=False)
     refresh.click(lambda: _ratings(votes), None, ratings, **quick)
 
 
