@@ -60,7 +60,8 @@ def _suites(folder: Path):
         data = (told.get("data") or [{}])[0]
         settings = {key: told["settings"][key] for key in SETTINGS if key in (told.get("settings") or {})}
         task = TASKS["reward"] if told.get("suite") == "reward" else TASKS[None]
-        yield folder / EVALS / f"{name}.json", task, data, told.get("metrics"), {"suite": name, **settings}
+        args = {"suite": told.get("suite") or name, **settings}
+        yield folder / EVALS / f"{name}.json", task, data, told.get("metrics"), args
 
 
 def _stage(folder: Path, told: dict | None):

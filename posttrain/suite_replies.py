@@ -119,7 +119,9 @@ def measure(subject, rows: list[dict], settings: Settings) -> Found:
     asker = Asker(subject, rows, settings)
     sampling = settings.sampling(asker.stops)
     each = "1 reply" if sampling.n == 1 else f"{sampling.n} replies"
-    subject.study.note(f"{len(asker.rows)} prompts, {each} each, at most {sampling.max_tokens} tokens")
+    subject.study.note(
+        f"{len(asker.rows)} prompt{'s' * (len(asker.rows) != 1)}, {each} each, at most {sampling.max_tokens} tokens"
+    )
     replies = asker.replies(sampling)
     texts = [decode(subject.tokenizer, completion.ids, asker.stops) for completion in replies.completions]
     found = Found(rows=[row["row"] for row in asker.rows], replies=replies, texts=texts)

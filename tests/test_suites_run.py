@@ -17,6 +17,7 @@ from test_pairwise import replies_of
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from posttrain.cli import command
+from posttrain.data import tiny
 from posttrain.errors import UserError
 from posttrain.model_index import eval_results
 
@@ -79,29 +80,26 @@ def test_the_command_that_is_stored_gives_the_same_figures(run, tmp_path):
 
 
 def test_a_reward_model_decides_as_transformers_scores(run):
-    """Scores of both models' replies by the plain forward of one reply at a time."""
-    flags = ("--suite", "chat", "--reward", run / "reward", "--against", run / "sft", *SHORT)
-    assert command(["eval", str(run / "ppo"), *map(str, flags)]) == 0
-    told = stored(run, "ppo", "chat-against-sft")
+    """One reply's score by the plain forward over what transformers' own template renders."""
+    alone = ("--suite", "chat", "--reward", run / "reward", "--rows", "1", *SHORT[2:])
+    assert command(["eval", str(run / "ppo"), *map(str, alone)]) == 0
+    told = stored(run, "ppo", "chat")
+    first, *_ = told["samples"]
     model = AutoModelForSequenceClassification.from_pretrained(run / "reward", num_labels=1).eval()
     tokenizer = AutoTokenizer.from_pretrained(run / "reward")
     metrics = json.loads((run / "reward/stage.json").read_text())["metrics"]
-    first = [sample for sample in told["samples"] if sample["why"] == "one of the first"][0]
-    question = first["prompt"].rpartition("user: ")[2]
-    system = (
-        first["prompt"].removeprefix("system: ").partition("\n")[0] if first["prompt"].startswith("system") else None
-    )
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": first["reply"]}]
+    row = next(iter(tiny.rows("prompts", "test", 1, 0)))
+    messages = [*row["prompt"], {"role": "assistant", "content": first["reply"]}]
     ids = tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"]
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = ids[: len(ids) - ids[::-1].index(end)]
     with torch.no_grad():
         score = model(torch.tensor([ids])).logits[0, 0].item()
     expected = (score - metrics["score mean"]["value"]) / metrics["score std"]["value"]
-    alone = ("--suite", "chat", "--reward", run / "reward", "--rows", "1", *SHORT[2:])
-    assert command(["eval", str(run / "ppo"), *map(str, alone)]) == 0
-    assert stored(run, "ppo", "chat")["metrics"]["reward model"]["value"] == pytest.approx(expected, abs=1e-4)
+    assert told["metrics"]["reward model"]["value"] == pytest.approx(expected, abs=1e-4)
+    flags = ("--suite", "chat", "--reward", run / "reward", "--against", run / "sft", *SHORT)
+    assert command(["eval", str(run / "ppo"), *map(str, flags)]) == 0
+    told = stored(run, "ppo", "chat-against-sft")
     rates = told["metrics"]
     assert rates["win rate against sft"]["n"] == 6 and told["others"]["reward"]["sha256"]
     shares = [rates[f"{name} against sft"]["value"] for name in ("wins", "ties", "losses")]
@@ -149,6 +147,7 @@ def test_a_run_without_a_suite_a_base_model_in_chat_and_a_run_as_rival(run):
 SCRIPT = """
 import sys
 from posttrain.cli import command
+from posttrain.data import tiny
 folder = sys.argv[1]
 asked = ["--suite", "math", "--rows", "6", "--num_generations", "2", "--max_tokens", "8"]
 assert command(["eval", folder, *asked]) == 0
