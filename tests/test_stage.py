@@ -61,6 +61,7 @@ def tree(folder):
 def test_a_finished_stage(tmp_path):
     folder = finish(tmp_path / "toy")
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "config.yaml",
         "log.jsonl",
         "model.safetensors",
@@ -293,15 +294,18 @@ def test_sigterm_and_ctrl_c(tmp_path):
         assert not list((tmp_path / name).rglob(".tmp-*")), name
 
 
+# What the card imports when it is first written is here before: each file that is opened is a point to be killed at.
 TOY = """
-import accelerate
-from posttrain import stage
+import json
+import accelerate, jinja2
+from huggingface_hub import ModelCardData
+from posttrain import model_index, stage
 from posttrain.stage import StageConfig
 
 def write(text):
     def into(folder):
         for name in ("config.json", "model.safetensors"):
-            (folder / name).write_text(text)
+            (folder / name).write_text(json.dumps({"text": text}))
     return into
 
 def begin(folder, **own):
