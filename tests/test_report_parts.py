@@ -80,6 +80,12 @@ def test_below_the_steps_stand_tokens_and_time():
     assert {"step", "tokens", "time", "20", "20.0k", "3m00"} <= set(said)
 
 
+def test_the_running_mean_is_the_mean_of_its_window():
+    points = [(step, float(step % 7) ** 2) for step in range(50)]
+    for (step, found), reach in zip(curves.running_mean(points, 9), [0, 1, 2, 3, *[4] * 42, 3, 2, 1, 0], strict=True):
+        assert found == pytest.approx(sum(v for _, v in points[step - reach : step + reach + 1]) / (2 * reach + 1))
+
+
 # ---- time and cost --------------------------------------------------------------------------------------------------
 
 
