@@ -12,12 +12,14 @@ TOP = 8  # of the reference's tokens at a place these are compared ...
 LEAST = math.log(0.01)  # ... if they are at least so likely; the likeliest always is compared
 
 # Nats that the log p of a token may differ by from Hugging Face in fp32: the mean and the largest over all that are
-# compared. About ten times what was measured on trained models of 0.26 M to 135 M parameters (README).
+# compared: some times what was measured on trained models (tiny GRPO 1 M, stories260k, SmolLM2 135 M: fp32 1e-4 in
+# the mean, fp16 0.002, bf16 0.012, q8_0 0.11, where llama.cpp rounds activations to 8 bits, too). A wrong order of
+# rotary rows moves them by nats.
 TOLERANCES = {
     "F32": (0.002, 0.02),
     "F16": (0.01, 0.1),
     "BF16": (0.05, 0.5),
-    "Q8_0": (0.1, 1.0),
+    "Q8_0": (0.25, 2.0),
 }
 
 
@@ -122,6 +124,6 @@ def table(rows: list[Comparison], tokens: int) -> str:
     for row in rows:
         same = f"{row.same} of {row.positions}"
         lines.append(
-            f"{row.engine:<8} {row.dtype or '?':<8} {same:>18} {row.mean:>16.5f} {row.largest:>9.4f}  {row.verdict}"
+            f"{row.engine:<8} {row.dtype or '?':<8} {same:>18} {row.mean:>16.2g} {row.largest:>9.2g}  {row.verdict}"
         )
     return "\n".join(lines)
