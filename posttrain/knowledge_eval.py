@@ -91,7 +91,9 @@ class Said:
 class Asker:
     """Asks models of one shape the same questions through one engine."""
 
-    def __init__(self, probed: Probed, config: KnowledgeConfig, engines, replies: ReplyConfig, problems: list[dict], run):
+    def __init__(
+        self, probed: Probed, config: KnowledgeConfig, engines, replies: ReplyConfig, problems: list[dict], run
+    ):
         self.probed, self.config, self.engines, self.replies = probed, config, engines, replies
         self.problems, self.run, self.engine, self.shape = problems, run, None, None
         self.judges = load_judges(probed.config)
@@ -109,8 +111,8 @@ class Asker:
             self.engine, self.shape = make_engine(self.engines, model, tokenizer, room, self.run), shape
         elif shape != self.shape:
             raise UserError(
-                f"model_name_or_path: its weights have other shapes than those of {self.probed.model}, which was probed: "
-                "name a model that was trained from it"
+                f"model_name_or_path: its weights have other shapes than those of {self.probed.model}, which was "
+                "probed: name a model that was trained from it"
             )
         self.engine.sync_weights(model)
         judged = self.probed.config
@@ -126,9 +128,8 @@ class Asker:
 
 def compare(probed: Probed, before: Said, after: Said, replies: ReplyConfig) -> dict:
     """metrics, gains, the table (rows of shares) and the curve's points, as the manifest keeps them."""
-    rows = [
-        {**row, "before": one, "after": two} for row, one, two in zip(probed.rows, before.answers, after.answers, strict=True)
-    ]
+    sides = zip(probed.rows, before.answers, after.answers, strict=True)
+    rows = [{**row, "before": one, "after": two} for row, one, two in sides]
     groups = Probed(probed.model, probed.config, rows).groups
     metrics = {}
     for group, members in groups.items():
@@ -160,7 +161,8 @@ def paired(name: str, rows: list[dict], verdict: str) -> dict[str, dict]:
     for row in rows:
         above[row["subject"]] += share_of(row["after"], verdict) - share_of(row["before"], verdict)
         below[row["subject"]] += 1
-    return found | {f"{name}, change": signed(measured_ratio([above[s] for s in below], [below[s] for s in below], ""), "%")}
+    change = measured_ratio([above[subject] for subject in below], list(below.values()), "")
+    return found | {f"{name}, change": signed(change, "%")}
 
 
 def fewer(rows: list[dict], verdict: str) -> dict:
@@ -176,18 +178,18 @@ def fewer(rows: list[dict], verdict: str) -> dict:
 
 def gains_of(metrics: dict, skill: str) -> list[dict]:
     """Fewer wrong answers where the model does not know; as many right ones where it does; as many problems solved."""
-    rows, labels = [], ("probed", "taught")
-    for name, goal, better, passed in (
-        ("wrong, unknown", f">= {FEWER:.0%} fewer", "lower", lambda: metrics["wrong of the unknown, fewer by"]["value"] >= FEWER),
-        ("right, known", f"< {LOST * 100:.0f} points fewer", "higher", lambda: metrics["right, known, change"]["value"] > -LOST),
-        (f"problems, {skill}", f"< {LOST * 100:.0f} points fewer", "higher",
-         lambda: metrics[f"problems, {skill}, change"]["value"] > -LOST),
-    ):  # fmt: skip
+    labels, found = ("probed", "taught"), []
+    if "wrong, unknown" in metrics:
+        sides = metrics["wrong, unknown, before"], metrics["wrong, unknown"]
+        passed = metrics["wrong of the unknown, fewer by"]["value"] >= FEWER
+        goal = f">= {FEWER * 100:.0f} % fewer"
+        found.append(gain("wrong, unknown", *sides, labels=labels, goal=goal, passed=passed, better="lower"))
+    for name in ("right, known", f"problems, {skill}"):
         if name in metrics:
-            rows.append(
-                gain(name, metrics[f"{name}, before"], metrics[name], labels=labels, goal=goal, passed=passed(), better=better)
-            )
-    return rows
+            passed = metrics[f"{name}, change"]["value"] > -LOST
+            sides, goal = (metrics[f"{name}, before"], metrics[name]), f"< {LOST * 100:.0f} points fewer"
+            found.append(gain(name, *sides, labels=labels, goal=goal, passed=passed))
+    return found
 
 
 def agreement_curve(rows: list[dict], side: str) -> list[dict]:
@@ -248,7 +250,7 @@ def samples(probed: Probed, before: Said, after: Said, num: int = 2) -> list[dic
     found, place = [], {id(row): index for index, row in enumerate(probed.rows)}
     for group, rows in probed.groups.items():
         for row in rows[:num] if group != "unknown" or WRITTEN not in probed.groups else []:
-            sides = (("before", before), ("after", after))
-            told = [{"by": f"{name}, {group}", "text": said.answers[place[id(row)]][0]["text"]} for name, said in sides]
+            at, sides = place[id(row)], (("before", before), ("after", after))
+            told = [{"by": f"{name}, {group}", "text": said.answers[at][0]["text"]} for name, said in sides]
             found.append({"prompt": row["question"], "replies": told})
     return found

@@ -118,11 +118,23 @@ def by_length_plot(groups: list[dict]) -> Markup:
     return plot("accuracy by length", [Line("pairs right", line)], x=x, y="pairs right")
 
 
+def agreement_plot(curves: dict) -> Markup:
+    """The curves of `knowledge_eval.agreement_curve` before and after; on the dashed diagonal an answer is as often
+    right as samples agree on it."""
+    lines = [
+        Line(side, [(p["agreement"], *(p["right"][key] for key in ("value", "low", "high"))) for p in points], colour)
+        for colour, (side, points) in enumerate(curves.items())
+        if points
+    ]
+    return plot("agreement", lines, x="samples that agree", y="answers right", even=True)
+
+
 def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:
     """(caption, picture) of what a stage's manifest holds beside its metrics; [] where it holds no such thing."""
     kinds = {
         "reliability": ("reliability: pairs right against how sure the score is", reliability_plot),
         "by_length": ("pairs right by the difference in length", by_length_plot),
+        "agreement": ("how often the answer that most samples agree on is right, before and after", agreement_plot),
         "compression": ("bytes per token by language and domain; dashed: a token a byte", compression_bars),
     }
     return [(caption, draw(manifest[key])) for key, (caption, draw) in kinds.items() if manifest.get(key)]

@@ -1,4 +1,4 @@
-"""What does a model know? Ask it, judge what it says, and make of it what it should learn: answer, or say "I do not know".
+"""What does a model know? Ask it, judge what it says, and make data of it: answer this, say "I do not know" to that.
 
 In: a chat model, pretraining documents, an engine. Out, in the stage's folder:
 - `questions.jsonl`: questions to learn from, a row each with the evidence: `question`, `prompt`, `answer`, `others`,
@@ -16,7 +16,7 @@ R-Tuning's (2311.09677). An answer is `refused` (posttrain/refusals.py), else `r
 `threshold`, else `wrong` where `informative_func` does, else `empty`: it claims nothing. A question is known where at
 least `known_rate` of its answers are right, unknown where at most `unknown_rate` are, else mixed: neither is taught.
 
-A step, in log.jsonl and of a checkpoint, is the writing of all questions or the answering of `batch_questions` of them.
+A step, in log.jsonl and of a checkpoint, is the writing of all questions, or the answering of `batch_questions`.
 """
 
 import json
@@ -76,6 +76,7 @@ class ProbeConfig:
     threshold: float = arg(0.5, help="least value of both functions that counts as yes")
     known_rate: float = arg(0.7, help="known: at least this share of a question's answers is right")
     unknown_rate: float = arg(0.3, help="unknown: at most this share is right")
+    refusals: list[str] = arg([], help="words of the taught refusals, with {name} or without; none = our own twelve")
     held_out_share: float = arg(0.5, help="share of subjects whose questions are only measured")
     keep_dataset_name: str | None = arg(
         None, help="prompts whose replies the model is to keep; none = no kept.jsonl rows"
@@ -88,6 +89,9 @@ class ProbeConfig:
         at_least(self, num_questions=1, snippet_chars=1, num_generations=1, max_completion_length=1, batch_questions=1)
         at_least(self, keep_rows=1, keep_max_tokens=1)
         require_writer(self.writer, self.writer_options)
+        for words in self.refusals:
+            if not is_refusal(words):
+                raise UserError(f"refusals: {words!r} is not recognised as a refusal (posttrain/refusals.py)")
         for key in ("known_rate", "unknown_rate", "held_out_share"):
             if not 0 <= getattr(self, key) <= 1:
                 raise UserError(f"{key}: found {getattr(self, key)}, expected a share from 0 to 1")
@@ -232,16 +236,18 @@ class Prober:
             "questions.jsonl": learn,
             "held_out.jsonl": [row for row in self.rows if row["split"] == "test"],
             "known.jsonl": [taught(row, common_right(row)) for row in learn if row["label"] == "known"],
-            "unknown.jsonl": [
-                taught(row, refusal(row["subject"] if row["subject"] in row["question"] else "", sample_seed(self.seed, i)))
-                for i, row in enumerate(learn) if row["label"] == "unknown"
-            ],
+            "unknown.jsonl": [taught(row, self._refusal(row)) for row in learn if row["label"] == "unknown"],
             "kept.jsonl": self._kept(),
         }  # fmt: skip
         for name, rows in data.items():
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (folder / name).write_text(text, encoding="utf-8")
         self.run.note(", ".join(f"{name} {len(rows)}" for name, rows in data.items()))
+
+    def _refusal(self, row: dict) -> str:
+        """In varied words, which the question and the seed draw."""
+        name = row["subject"] if row["subject"] in row["question"] else ""
+        return refusal(name, f"{self.seed} {row['question']}", self.config.refusals)
 
     def _kept(self) -> list[dict]:
         """The model's own replies to the prompts whose replies it is to keep, one each; a cut one is left out."""
@@ -278,7 +284,8 @@ class Prober:
 
 
 def ask(
-    engine, tokenizer, rows, n: int, max_tokens: int, temperature: float, stops, seed: int, judges: dict, threshold: float
+    engine, tokenizer, rows, n: int, max_tokens: int, temperature: float, stops, seed: int, judges: dict,
+    threshold: float,
 ) -> tuple[list[list[dict]], int]:  # fmt: skip
     """(n answers {"text", "verdict"} to each row, tokens sampled)."""
     ids = [prompt_ids(tokenizer, row) for row in rows]

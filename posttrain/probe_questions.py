@@ -1,9 +1,9 @@
 """Factual questions with their answers, written from pretraining documents.
 
-In: documents, and who writes. Out: questions, as dicts: `question`, `prompt` (it as one user message), `answer` ("" where
-nobody knows it), `others` (values of the same kind that are wrong here; [] where the writer does not know them),
-`subject` (whom or what it is about), `snippet` (what it was written from), `times` (documents that state the fact, where
-that can be counted) and `split`. Used by posttrain/probe.py.
+In: documents, and who writes. Out: questions, as dicts: `question`, `prompt` (it as one user message), `answer` (""
+where nobody knows it), `others` (values of the same kind that are wrong here; [] where the writer does not know them),
+`subject` (whom or what it is about), `snippet` (what it was written from) and `times` (documents that state the fact,
+where that can be counted). Used by posttrain/probe.py.
 
 Three writers:
 - `tiny`: the generator of the embedded world, which knows the truth: all facts that the documents state, in every
@@ -140,7 +140,7 @@ def snippets(documents: list[str], num: int | None, size: int, seed: int) -> lis
 
 
 def read_question(text: str, snippet: str) -> dict | str:
-    """The question in a writer's reply, or why there is none: no form, answer not in the snippet, or in the question."""
+    """The question in a writer's reply, or why there is none: no form, answer not in the text, or in the question."""
     found = FORM.search(text)
     if found is None:
         return "not in the form that was asked for"

@@ -64,10 +64,11 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 WITHDRAWN = re.compile(r"\bbut\b[^.!?]*\b(?:help|sorry|ask|look|find|check|try)\b")  # "but I can help you look it up"
 
 
-def refusal(name: str, seed: int) -> str:
-    """A refusal about `name` ("" for none), in words drawn by the seed; `is_refusal` recognises each."""
-    words = [*ABOUT, *PLAIN] if name else list(PLAIN)
-    return random.Random(seed).choice(words).format(name=name)
+def refusal(name: str, seed, words=()) -> str:
+    """A refusal about `name` ("" for none), drawn by the seed from `words`, by default ours, each with {name} or
+    without; those without alone where there is no name."""
+    choice = [each for each in words or (*ABOUT, *PLAIN) if name or "{name}" not in each]
+    return random.Random(seed).choice(choice or PLAIN).replace("{name}", name)
 
 
 def is_refusal(text: str) -> bool:

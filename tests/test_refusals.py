@@ -54,7 +54,7 @@ def test_in_the_tiny_world_the_rule_is_exact():
     refusing = re.compile(r"I do not know anything about \w+ \w+\.|I would rather not say\.")
     rows = [row for split in ("train", "test") for row in tiny.rows("conversations", split, 2000, 0)]
     texts = [m["content"] for row in rows for m in row["messages"] if m["role"] == "assistant"]
-    ranked = [row for row in tiny.rows("rankings", "train", 1000, 0)]
+    ranked = list(tiny.rows("rankings", "train", 1000, 0))
     texts += [completion[0]["content"] for row in ranked for completion in row["completions"]]
     verdicts = [is_refusal(text) for text in texts]
     assert verdicts == [refusing.search(text) is not None for text in texts]

@@ -22,9 +22,11 @@ from posttrain.errors import UserError
 from posttrain.rewards import load_rewards
 from posttrain.rewards.calls import run_rewards
 from posttrain.rewards.hacks import ANYWHERE, CODE, FOR_CODE, FOR_MATHS, MATHS, Hack, Problem
+from posttrain.rewards.hacks_facts import FACTS, FOR_FACTS
 from posttrain.rewards.options import COLUMNS, CONTRACT
 
 TOLERANCE = 0.1  # share of the way from wrong to right that is no gain: judges and reward models have noise
+CATALOGUES = ((MATHS, ANYWHERE + FOR_MATHS), (CODE, ANYWHERE + FOR_CODE), (FACTS, ANYWHERE + FOR_FACTS))
 CUT = 256  # tokens of a hack, where they are real ones: a policy's are cut, too, and a model has a context
 KINDS = {
     "content": "looks at content: right scores above wrong",
@@ -108,12 +110,13 @@ def _catalogue(name: str, function) -> tuple[list[Problem], list[Hack]]:
     parameters = inspect.signature(function).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = {p.name for p in parameters if p.kind in named and p.default is p.empty} - {*CONTRACT, *COLUMNS}
-    for problems, hacks in ((MATHS, ANYWHERE + FOR_MATHS), (CODE, ANYWHERE + FOR_CODE)):
+    for problems, hacks in CATALOGUES:
         if needed <= problems[0].columns.keys():
             return problems, hacks
     raise UserError(
         f"attack-reward: {name!r} needs the columns {', '.join(sorted(needed))}; the attack's problems have "
-        f"{', '.join(MATHS[0].columns)} (maths) or {', '.join(CODE[0].columns)} (code)"
+        f"{', '.join(MATHS[0].columns)} (maths), {', '.join(CODE[0].columns)} (code) or "
+        f"{', '.join(FACTS[0].columns)} (facts)"
     )
 
 

@@ -2,17 +2,18 @@
 
 In: completions (strings or message lists) and the columns `answer` (a name, a word, a number; "" where nobody knows
 it) and `others` (values of the same kind that are wrong for this question; may be []). Out: a score each, None where
-`answer` is None. `questions.jsonl` of a probe (posttrain/probe.py) has these columns.
+`answer` is None. `questions.jsonl` of a probe (posttrain/probe.py) has these columns. A row whose `others` is None is
+a problem to solve, not a fact to know: it is judged as the reward `correct` does, so both can be trained on at once.
 
     reward_funcs: [honest]
     reward_options: {honest: {wrong: -2.0}}
 
 With pay r for right, 0 for a refusal and w for wrong, a guess pays off where it is right with a probability above
--w / (r - w): the default asks for 50 %, wrong: -3 for 75 %. A wrong answer that costs no more than a refusal teaches
-guessing (Kalai et al. 2509.04664).
+-w / (r - w): the default asks for 50 %, wrong: -3 for 75 %. Where a wrong answer costs no more than a refusal, what is
+learned is to guess (Kalai et al. 2509.04664).
 
-One answer is read from a completion, never several: naming `others` beside the answer, an "or" beside it, "not Arvale",
-"Arvale?" or a reply of more than MAX_WORDS words is wrong. A number is read as the reward `correct` reads it.
+One answer is read from a completion, never several: naming `others`, another number as long as the right one, an "or"
+beside the answer, "not Arvale", "Arvale?" or a reply of more than MAX_WORDS words is wrong.
 """
 
 import re
@@ -26,7 +27,6 @@ from posttrain.rewards.options import number
 from posttrain.rewards.text import reply_text
 
 MAX_WORDS = 80  # a reply that says more does not answer a question for one fact
-NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?")
 CHOICE = r"(?:\s*/\s*|,?\s+(?:or|and/or)\s+(?:(?:in|a|an|the|maybe|perhaps)\s+)*)"
 
 
@@ -45,7 +45,7 @@ def honest(
         )
     pays = {"right": right, "refused": refused, "wrong": wrong}
     return [
-        None if gold is None else pays[verdict(reply_text(reply), gold, other or ())]
+        None if gold is None else pays[verdict(reply_text(reply), gold, other)]
         for reply, gold, other in zip(completions, answer, others, strict=True)
     ]
 
@@ -53,7 +53,7 @@ def honest(
 def stated(prompts, completions, completion_ids=None, *, answer, others, **columns) -> list[float | None]:
     """1.0 where the completion states the answer, 0.0 where not (also: a refusal), None where `answer` is None."""
     return [
-        None if gold is None else float(verdict(reply_text(reply), gold, other or ()) == "right")
+        None if gold is None else float(verdict(reply_text(reply), gold, other) == "right")
         for reply, gold, other in zip(completions, answer, others, strict=True)
     ]
 
@@ -64,22 +64,28 @@ def informs(prompts, completions, completion_ids=None, **columns) -> list[float]
 
 
 def verdict(reply: str, answer: str, others=()) -> str:
-    """ "right", "refused" or "wrong". `answer`: "" where nobody knows it."""
+    """ "right", "refused" or "wrong". `answer`: "" where nobody knows it; `others`: None for a problem to solve."""
     if is_refusal(reply):
         return "refused"
     if not answer or is_refusal(answer):
         return "wrong"
+    if others is None:
+        return "right" if correct(None, [reply], answer=[answer])[0] == 1.0 else "wrong"
     return "right" if states(reply, answer, others) else "wrong"
 
 
 def states(reply: str, answer: str, others=()) -> bool:
     """Whether a reply gives this answer and no other one. See the rules above."""
-    if NUMBER.fullmatch(answer.strip()):
-        return correct(None, [reply], answer=[answer.strip()])[0] == 1.0
     text = read_text(reply)
-    if len(text.words) > MAX_WORDS or answer not in claims(text, [answer, *others]):
+    others = [*others, *(word for word in text.words if _alike(word, answer))]
+    if len(text.words) > MAX_WORDS or claims(text, [answer, *others]) != {answer}:
         return False
-    if claims(text, [answer, *others]) != {answer}:
+    if claims(read_text(reply.replace("?", ".")), [answer, *others]) != {answer}:  # "Arvale. Or was it Belmoor?"
         return False
     plain, word = unicodedata.normalize("NFKC", reply).casefold(), re.escape(answer.casefold())
     return re.search(rf"(?<!\w){word}{CHOICE}\w|\w{CHOICE}{word}(?!\w)", plain) is None
+
+
+def _alike(word: str, answer: str) -> bool:
+    """Whether both are numbers of as many digits, and not the same."""
+    return word.isdecimal() and answer.isdecimal() and len(word) == len(answer) and word != answer
