@@ -24,7 +24,7 @@ def settings(system: bool = True) -> list:
         gr.Slider(0.01, 1, value=1.0, step=0.01, label="Top-p", info="1 leaves all tokens in"),
         gr.Number(value=0, minimum=0, precision=0, label="Top-k", info="0 leaves all tokens in"),
         gr.Slider(1, MOST_NEW_TOKENS, value=256, step=1, label="Most new tokens"),
-        gr.Textbox(label="Seed", max_length=20, placeholder="another one each time", info="a whole number"),
+        gr.Textbox(label="Seed", max_length=20, placeholder="a whole number", info="empty: another one each time"),
     ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ In: an ASGI application and the names that it is reached by. Out: one that answe
   of who has the board open. Websockets, which the board does not need, are refused.
 - Only the routes that the page itself uses are open. Gradio's routes for files, uploads, proxies, its API and its
   documentation are not.
-- A body is JSON, of `MOST_BYTES` at most, and arrives within `SECONDS`.
+- A body is JSON, of `MOST_BYTES` at most, and arrives within `SECONDS`. It names no file: Gradio 6.31 copies whatever
+  file of this machine a request describes as uploaded into its cache, even for a text box.
 - The answer's Content-Security-Policy keeps the page from fetching anything elsewhere and from being framed, whatever
   a model may have written into it.
 """
@@ -75,7 +76,9 @@ class Guard:
         try:
             self.check(scope)
             if scope["method"] == "POST":
-                receive = _again(await _body(scope, receive), receive)
+                body = await _body(scope, receive)
+                _check_names_no_file(body)
+                receive = _again(body, receive)
         except Refused as refused:
             await _answer(send, *refused.args)
             return
@@ -128,6 +131,22 @@ async def _body(scope, receive) -> bytes:
     except TimeoutError:
         raise Refused(408, f"the request's body did not arrive within {SECONDS:g} s") from None
     return bytes(body)
+
+
+def _check_names_no_file(body: bytes) -> None:
+    """Raises Refused for a body that is no JSON, or that describes a file as Gradio does: {"path": ..., "meta": ...}"""
+    try:
+        left = [json.loads(body)]
+    except (ValueError, RecursionError):
+        raise Refused(400, "the request's body is no JSON") from None
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            if "path" in value and "meta" in value:
+                raise Refused(403, "the request names a file; the board takes none")
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def _again(body: bytes, receive):
