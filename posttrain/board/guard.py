@@ -134,7 +134,7 @@ async def _body(scope, receive) -> bytes:
 
 
 def _check_names_no_file(body: bytes) -> None:
-    """Raises Refused for a body that is no JSON, or that describes a file as Gradio does: {"path": ..., "meta": ...}"""
+    """Raises Refused for a body that is no JSON, or describes a file as Gradio does: {"path": ..., "meta": ...}."""
     try:
         left = [json.loads(body)]
     except (ValueError, RecursionError):
