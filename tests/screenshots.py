@@ -1,8 +1,8 @@
-"""Pictures of the board for the README, made again from any run.
+"""Pictures of board and report for the README, made again from any run.
 
-In: the folder of a run with a chat model. Out: chat.png, side_by_side.png, xray.png and arena.png in a folder, light,
-1280 wide.
-Run: python tests/screenshots.py runs/tiny docs/pictures
+In: the folder of a run with a chat model and a report. Out: chat.png, side_by_side.png, xray.png, arena.png and
+report.png in a folder, light, 1280 wide.
+Run: python tests/screenshots.py runs/tiny .github/images
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 import browser
 
 ROOT = Path(__file__).parents[1]
-QUESTION = "What is 7 + 2?"
+QUESTION = "What is 34+25?"
 
 
 def main() -> None:
@@ -36,6 +36,9 @@ def main() -> None:
                     page.wait_for_timeout(500)
                     page.screenshot(path=out / f"{name}.png", full_page=True)
                     print(out / f"{name}.png")
+                page.goto((Path(run) / "report.html").absolute().as_uri())
+                page.screenshot(path=out / "report.png")
+                print(out / "report.png")
         finally:
             process.terminate()
 
@@ -75,7 +78,7 @@ def side_by_side(page) -> None:
 def xray(page) -> None:
     page.get_by_role("tab", name="Token X-ray").click()
     page.get_by_label("Conversation", exact=True).check()
-    for label, text in (("1. system", "Be kind."), ("2. user", QUESTION), ("3. assistant", "The answer is 9.")):
+    for label, text in (("1. system", "Be kind."), ("2. user", QUESTION), ("3. assistant", "The answer is 59.")):
         fill(page, label, text)
     page.get_by_role("button", name="Show tokens").click()
     page.locator(".turn.assistant .t.m").first.wait_for()
