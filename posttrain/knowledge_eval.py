@@ -73,7 +73,8 @@ def read_probe(folder: str) -> Probed:
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     if not rows:
         raise UserError(f"{file}: no held-out questions: run the probe with a held_out_share above 0")
-    known = {field.name: manifest["config"][field.name] for field in fields(ProbeConfig)}
+    names = {field.name for field in fields(ProbeConfig)}
+    known = {key: value for key, value in manifest["config"].items() if key in names}
     return Probed(manifest["parents"]["policy"]["path"], ProbeConfig(**known), rows)
 
 
