@@ -344,6 +344,7 @@ def show_result(out: Path, names: list[str], seconds: float) -> None:
     models = [out / name for name in names if is_causal_lm(out / name)]
     if models:
         print(f"chat    {posttrain_command()} chat {shlex.quote(str(models[-1]))}")
+        print(f"board   {posttrain_command()} board {shlex.quote(str(out))}   (the same and more in the browser)")
     print(f"time    {clock(seconds)}", flush=True)
 
 

@@ -130,9 +130,10 @@ def step_facts(stage: Stage) -> list[tuple[str, str, list[float | None]]]:
 
 
 def no_signal(row: dict, stage: Stage) -> bool:
-    """Whether a rollout teaches nothing: an advantage of exactly 0. Without a critic that is a completion of a group
-    in which all rewards are equal, or the rare one that got just its group's mean."""
-    return row.get("advantage") == 0 and stage.kind != "ppo"
+    """Whether a rollout teaches nothing: an advantage of exactly 0 in a group in which all rewards are equal. Rows
+    without the group's rewards (those of earlier versions) may be the rare ones that got just its mean."""
+    low, high = row.get("group_rewards") or (0, 0)
+    return row.get("advantage") == 0 and low == high and stage.kind != "ppo"
 
 
 def fold(text: object) -> tuple[str, str]:

@@ -22,10 +22,11 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from posttrain import suite_table
+from posttrain import card, suite_table
 from posttrain.checkpoint import write_json
 from posttrain.errors import UserError
 from posttrain.eval_report import HASHED
+from posttrain.manifests import STAGE
 from posttrain.model_index import EVALS
 from posttrain.suite_settings import (
     COMMON_FLAGS,
@@ -324,4 +325,6 @@ def keep(model: str, given: Namespace, told: dict) -> list[str]:
     (folder / EVALS).mkdir(exist_ok=True)
     write_json(folder / EVALS / f"{name}.json", told)
     (folder / EVALS / f"{name}.md").write_text(suite_table.markdown(told), encoding="utf-8")
+    if (folder / STAGE).is_file():  # its model card shows them, too
+        card.write(folder)
     return [f"stored in {folder / EVALS / name}.json and .md"]

@@ -132,6 +132,7 @@ def test_the_report_and_the_table(small_chain):
     )
     rollouts = [json.loads(line) for line in (small_chain / "grpo" / "rollouts.jsonl").read_text().splitlines()]
     assert rollouts and rollouts[0].keys() >= {"step", "prompt", "completion", "reward", "advantage", "stop", "tokens"}
+    assert all(row["group_rewards"][0] <= row["reward"] <= row["group_rewards"][1] for row in rollouts)
 
 
 def test_chat(small_chain):

@@ -193,6 +193,9 @@ def test_rollouts_are_folded_marked_and_compared(run):
         write_lines(run / name / "rollouts.jsonl", rows)
     page = Page(write_report(run))
     assert page.words.count("zero-variance group, or just its mean") == 2  # a critic's advantage of 0 says nothing
+    groups = [{**row, "group_rewards": rewards} for row, rewards in zip(rows, ([1.0, 1.0], [0.0, 2.0]), strict=True)]
+    write_lines(run / "grpo" / "rollouts.jsonl", groups)  # the second got just its group's mean
+    assert Page(write_report(run)).words.count("no signal: zero-variance group") == 1
     assert page.words.count("all of it") == 2 and "short 0.25" in page.words and "9 tokens, ended" in page.words
     assert "reward 0.1 2" in page.words and "length 21 tokens 40 tokens" in page.words  # step 1, step 20
     assert "zero-variance groups 25.0 % 25.0 %" in page.words

@@ -52,16 +52,19 @@ def total_rewards(rewards, by_name: dict[str, list[float | None]], rollouts: Rol
 
 
 def sample_rows(experience: Experience, step: int, tokenizer, num: int = 4) -> list[dict]:
-    """The first `num` groups' first completions and rewards, as lines of rollouts.jsonl."""
+    """The first `num` groups' first completions and rewards, as lines of rollouts.jsonl; `group_rewards`: the lowest
+    and the highest of the group."""
     rollouts, rows = experience.rollouts, []
     for index in range(0, len(rollouts.rows), rollouts.num_generations)[:num]:
         completion = rollouts.completions[index]
+        group = experience.rewards[index : index + rollouts.num_generations]
         rows.append(
             {
                 "step": step,
                 "prompt": tokenizer.decode(rollouts.prompt_ids[index]),
                 "completion": decode(tokenizer, completion.ids),
                 "reward": experience.rewards[index].item(),
+                **({"group_rewards": [group.min().item(), group.max().item()]} if len(group) > 1 else {}),
                 "rewards": {name: values[index] for name, values in experience.rewards_by_name.items()},
                 "advantage": experience.advantages[index][-1].item(),
                 "stop": completion.stop,
