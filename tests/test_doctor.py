@@ -317,7 +317,7 @@ def test_the_report_has_the_remarks_and_the_rounds(tmp_path):
     assert_inert(page)
     assert "The doctor step 1: 40% of completions hit the limit of 80 tokens" in page.words
     assert f"None for most rows: {hostile} (100%)" in page.words
-    assert "By round Round Samples Right Kept pass@1 0 0 – – 79.6 % [75.5, 83.8] 1 4,500 43.7 % 300 79.6 %" in page.words
+    assert "By round Round Samples Right Kept pass@1 0 0 – – 79.6 % [75.5, 83.8] 1 4,500 43.7 % 300" in page.words
     put(tmp_path, "broken", {}, rounds=[{"round": 1}])
     with pytest.raises(UserError, match=r"rounds\[0\]"):
         write_report(tmp_path)
