@@ -80,3 +80,11 @@ def is_refusal(text: str) -> bool:
     first = next(index for index, found in enumerate(refusing) if found)
     rest = " ".join(SENTENCE.split(text)[first:])[refusing[first].end() :]
     return ALL_THE_SAME.search(WITHDRAWN.sub(" ", rest)) is None
+
+
+def without_refusals(rows):
+    """An adapter: conversations in which the assistant never refuses, for a model that is to be probed before it has
+    been told to say "I do not know". Rows without `messages` (held-out problems) pass."""
+    for row in rows:
+        if not any(m["role"] == "assistant" and is_refusal(m["content"] or "") for m in row.get("messages", ())):
+            yield row

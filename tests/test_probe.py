@@ -154,6 +154,7 @@ def test_a_wrong_key_is_named(keys, words):
 
 SMALL = {
     "max_rows": 60, "num_questions": 30, "writer_options": "{strangers: 10}", "num_generations": 3, "keep_rows": 6,
+    "keep_dataset_name": "tiny", "keep_dataset_config": "problems",
     "max_completion_length": 12, "keep_max_tokens": 200, "batch_questions": 5, "use_vllm": "false",
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from posttrain.data import tiny
-from posttrain.refusals import ABOUT, PLAIN, is_refusal, refusal
+from posttrain.refusals import ABOUT, PLAIN, is_refusal, refusal, without_refusals
 
 REFUSES = [
     "I don't know.", "I do not know who that is.", "I really do not know.", "Sorry, I have no idea.", "No idea!",
@@ -59,3 +59,11 @@ def test_in_the_tiny_world_the_rule_is_exact():
     verdicts = [is_refusal(text) for text in texts]
     assert verdicts == [refusing.search(text) is not None for text in texts]
     assert 100 < sum(verdicts) < len(verdicts) / 2
+
+
+def test_conversations_without_refusals():
+    rows = list(tiny.rows("conversations", "train", 500, 0))
+    kept = list(without_refusals(rows))
+    said = [m["content"] for row in kept for m in row["messages"] if m["role"] == "assistant"]
+    assert 300 < len(kept) < 480 and not any("I do not know" in text for text in said)
+    assert list(without_refusals([{"prompt": "?"}])) == [{"prompt": "?"}]
