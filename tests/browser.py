@@ -51,7 +51,7 @@ def open_page(running, *, width: int = 1280, height: int = 900, dark: bool = Fal
         viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
     )
     page = context.new_page()
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(90_000)  # other tests keep the machine busy
     page.outside, page.faults = [], []
     local = ("http://127.0.0.1", "ws://127.0.0.1", "file:", "data:", "blob:", "about:")
     page.on("request", lambda request: request.url.startswith(local) or page.outside.append(request.url))

@@ -167,6 +167,7 @@ def test_stop_and_a_closed_tab_end_the_sampling(open_board, running):
     for leave in (lambda page: page.get_by_role("button", name="Stop").click(), lambda page: page.context.close()):
         page = open_board()
         choose(page, "Stage", "endless")
+        page.wait_for_function("document.querySelector('input[aria-label=Stage]').value == 'endless'")
         most_new_tokens(page, 4096)
         send(page, "Hello")
         page.wait_for_function("(document.querySelector('.message.assistant .said')?.textContent.length ?? 0) > 20")
