@@ -207,7 +207,7 @@ class Stage:
         if not self.config["keep_checkpoints"]:
             for name in WORKING:
                 shutil.rmtree(self.output_dir / name, ignore_errors=True)
-        if {"tokenizer.json", "config.json"} & files.keys():  # cleaning and the like leave no model to describe
+        if {"tokenizer.json", "config.json", "model.safetensors"} & files.keys():  # else no model: cleaning
             card.write(self.output_dir)
         if self.hub is not None:
             hub.push_finished(self.output_dir, self.hub)
