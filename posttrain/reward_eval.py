@@ -50,17 +50,22 @@ def measure_folder(path: str, data: DataConfig, split: str, *, seed: int = 0, ma
     return evaluate(model, rankings, rows, config) | {"data": description, "too_long": too_long}
 
 
+def require_reward_model(path: str, flag: str = "") -> None:
+    """UserError, with the flag that named it, where `path` holds no reward model."""
+    architectures = load_config(path).architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise UserError(
+            f"{flag}{path} is no reward model ({', '.join(architectures) or 'no architecture named'}), expected a "
+            "...ForSequenceClassification, as recipes/reward.py makes them"
+        )
+
+
 def report_folder(path: str, data: DataConfig, split: str, *, seed: int, max_length: int, file: str | None) -> str:
     """`measure_folder` as lines of name, figure, interval and count; all of it as JSON in `file`, if one is named.
 
     UserError where `path` holds no reward model.
     """
-    architectures = load_config(path).architectures or []
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise UserError(
-            f"{path} is no reward model ({', '.join(architectures) or 'no architecture named'}), expected a "
-            "...ForSequenceClassification, as recipes/reward.py makes them"
-        )
+    require_reward_model(path)
     found = measure_folder(path, data, split, seed=seed, max_length=max_length)
     if file is not None:
         Path(file).write_text(json.dumps(found, indent=1), encoding="utf-8")

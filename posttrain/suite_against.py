@@ -139,16 +139,12 @@ class Scorer:
         import transformers
 
         from posttrain.layouts import find_layout
-        from posttrain.models import ModelConfig, load_config, load_scalar_model, load_tokenizer
+        from posttrain.models import ModelConfig, load_scalar_model, load_tokenizer
+        from posttrain.reward_eval import require_reward_model
         from posttrain.stage import read_manifest
 
         transformers.utils.logging.disable_progress_bar()
-        architectures = load_config(path).architectures or []
-        if not any(name.endswith("ForSequenceClassification") for name in architectures):
-            raise UserError(
-                f"--reward: {path} is no reward model ({', '.join(architectures) or 'no architecture named'}), "
-                "expected a ...ForSequenceClassification, as recipes/reward.py makes them"
-            )
+        require_reward_model(path, "--reward: ")
         self.model, self.tokenizer = load_scalar_model(ModelConfig(path)).eval(), load_tokenizer(path)
         metrics = (read_manifest(path) or {}).get("metrics", {})
         self.mean = metrics.get("score mean", {}).get("value", 0.0)

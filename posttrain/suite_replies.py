@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 from posttrain import suite_chat
+from posttrain.best_of_n import powers
 from posttrain.chat import decode, stop_ids
 from posttrain.errors import UserError
 from posttrain.evals import by_prompt, fit_prompts, prompt_ids, prompt_text
@@ -203,11 +204,6 @@ def _summarise(found: Found, settings: Settings, values: dict[str, list[float | 
                 found.by_row[f"maj@{n}"] = majority(found, groups, n)
         else:
             found.by_row[name] = [_mean(group) for group in groups]
-
-
-def powers(n: int) -> list[int]:
-    """1, 2, 4, ... and n itself: the k of pass@k."""
-    return [*(2**power for power in range(n.bit_length()) if 2**power < n), n]
 
 
 def majority(found: Found, right: list[list[float]], n: int) -> list[float]:

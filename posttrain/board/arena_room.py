@@ -101,13 +101,11 @@ def room(pool: Pool, votes: Votes, prompts: arena.Prompts | None = None) -> None
             with gr.Accordion("Sampling", open=False):
                 how = controls.settings(system=False)
     told = [status, cards, vote, skip, undo, stop]
-    asked = {"concurrency_id": "sampling", "show_progress": "hidden", "api_visibility": "private"}
     given = [ballot, names, num, *how]
-    gr.on([ask.click, prompt.submit], desk.ask, [prompt, *given], told, trigger_mode="multiple", **asked)
-    draw.click(desk.draw, given, told, trigger_mode="multiple", **asked)
-    quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-    stop.click(desk.stop, ballot, told, **quick)
-    one = {**quick, "concurrency_id": "votes", "concurrency_limit": 1}  # a double click is one vote
+    gr.on([ask.click, prompt.submit], desk.ask, [prompt, *given], told, trigger_mode="multiple", **controls.SAMPLING)
+    draw.click(desk.draw, given, told, trigger_mode="multiple", **controls.SAMPLING)
+    stop.click(desk.stop, ballot, told, **controls.QUICK)
+    one = {**controls.QUICK, "concurrency_id": "votes", "concurrency_limit": 1}  # a double click is one vote
     vote.click(desk.vote, [ballot, cards, comment, labeller], [*told, comment], **one)
     skip.click(desk.skip, [ballot, reason, comment, labeller], [*told, comment], **one)
     undo.click(desk.undo, ballot, told, **one)
@@ -116,7 +114,7 @@ def room(pool: Pool, votes: Votes, prompts: arena.Prompts | None = None) -> None
         ratings = gr.HTML(css_template=rating_view.CSS, apply_default_css=False)
         learn = f"recipes/reward.py learns from these votes: --dataset_name {votes.folder / ROWS}"
         gr.HTML(str(note(learn)), apply_default_css=False)
-    refresh.click(lambda: _ratings(votes), None, ratings, **quick)
+    refresh.click(lambda: _ratings(votes), None, ratings, **controls.QUICK)
 
 
 class Desk:

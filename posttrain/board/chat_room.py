@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from posttrain.board import controls, view
-from posttrain.board.stages import MOST_CHARACTERS, MOST_MESSAGES, Drawn, Piece, Pool, Settings, check_text
+from posttrain.board.stages import MOST_MESSAGES, Drawn, Piece, Pool, Settings, check_text
 from posttrain.errors import UserError
 
 EVERY = 0.05  # seconds between two looks at a reply that is being written
@@ -70,10 +70,7 @@ def room(pool: Pool) -> None:
         with gr.Column(scale=3, min_width=320):
             stage = gr.Dropdown(controls.choices(pool), value=controls.newest(pool), label="Stage", filterable=False)
             shown = gr.HTML(view.talk([], EMPTY), apply_default_css=False, elem_id="talk-box", autoscroll=True)
-            text = gr.Textbox(
-                label="Message", lines=1, max_lines=12, max_length=MOST_CHARACTERS,
-                placeholder="Enter sends, Shift+Enter begins a line",
-            )  # fmt: skip
+            text = controls.message("Message")
             with gr.Row():
                 send = gr.Button("Send", variant="primary", min_width=80)
                 stop = gr.Button("Stop", min_width=80)
@@ -95,20 +92,16 @@ def room(pool: Pool) -> None:
             return
         yield from written(pool, talk, stage, talk.turns.pop().user, show, how, keep=text)
 
-    limits = {
-        "concurrency_id": "sampling",
-        "concurrency_limit": 4,
-        "show_progress": "hidden",
-        "api_visibility": "private",
-    }
+    def tokens_or_none(talk: Talk, show: bool) -> str:
+        return token_view(pool, talk) if show else ""
+
     inputs, outputs = [talk, stage, text, tokens_on, *how], [shown, text, tokens]
-    gr.on([send.click, text.submit], said, inputs, outputs, trigger_mode="multiple", **limits)
-    again.click(said_again, inputs, outputs, trigger_mode="multiple", **limits)
-    quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-    stop.click(stopped, talk, None, **quick)
-    clear.click(cleared, talk, [shown, tokens], **quick)
-    tokens_on.change(lambda talk, show: token_view(pool, talk) if show else "", [talk, tokens_on], tokens, **quick)
-    gr.on([drawer.expand, stage.change], lambda name: template_view(pool, name), stage, template, **quick)
+    gr.on([send.click, text.submit], said, inputs, outputs, trigger_mode="multiple", **controls.SAMPLING)
+    again.click(said_again, inputs, outputs, trigger_mode="multiple", **controls.SAMPLING)
+    stop.click(stopped, talk, None, **controls.QUICK)
+    clear.click(cleared, talk, [shown, tokens], **controls.QUICK)
+    tokens_on.change(tokens_or_none, [talk, tokens_on], tokens, **controls.QUICK)
+    gr.on([drawer.expand, stage.change], lambda name: template_view(pool, name), stage, template, **controls.QUICK)
 
 
 def written(pool: Pool, talk: Talk, stage: str, text: str, show: bool, how: tuple, keep: str = "") -> Iterator[tuple]:

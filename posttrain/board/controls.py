@@ -10,6 +10,22 @@ import secrets
 from posttrain.board.stages import MOST_CHARACTERS, MOST_NEW_TOKENS, Pool, Settings
 from posttrain.errors import UserError
 
+# Events: those that sample take turns, four at once in all rooms; the others never wait.
+SAMPLING = {
+    "concurrency_id": "sampling", "concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"
+}  # fmt: skip
+QUICK = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
+
+
+def message(label: str):
+    """The box that a prompt is written into."""
+    import gradio as gr
+
+    return gr.Textbox(
+        label=label, lines=1, max_lines=12, max_length=MOST_CHARACTERS,
+        placeholder="Enter sends, Shift+Enter begins a line",
+    )  # fmt: skip
+
 
 def settings(system: bool = True) -> list:
     """Components inside the open container: system message, temperature, top-p, top-k, most tokens, seed."""

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from posttrain.board import controls, view
 from posttrain.board.chat_room import EVERY, Turn
-from posttrain.board.stages import MOST_CHARACTERS, Pool, check_text
+from posttrain.board.stages import Pool, check_text
 from posttrain.errors import UserError
 
 EMPTY = "Choose two stages or more and write a prompt."
@@ -38,10 +38,7 @@ def room(pool: Pool) -> None:
                 controls.choices(pool), value=pool.names[-pool.keep :], multiselect=True, max_choices=pool.keep,
                 label="Stages", info=f"{pool.keep} at most are in memory (--keep)",
             )  # fmt: skip
-            text = gr.Textbox(
-                label="Prompt", lines=1, max_lines=12, max_length=MOST_CHARACTERS,
-                placeholder="Enter sends, Shift+Enter begins a line",
-            )  # fmt: skip
+            text = controls.message("Prompt")
             with gr.Row():
                 send = gr.Button("Ask all", variant="primary", min_width=80)
                 stop = gr.Button("Stop all", min_width=80)
@@ -52,10 +49,9 @@ def room(pool: Pool) -> None:
     def asked(beside: Beside, stages: list[str], text: str, *how) -> Iterator[str]:
         yield from written(pool, beside, stages, text, how)
 
-    limits = {"concurrency_id": "sampling", "show_progress": "hidden", "api_visibility": "private"}
-    gr.on([send.click, text.submit], asked, [beside, stages, text, *how], shown, trigger_mode="multiple", **limits)
-    quick = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-    stop.click(stopped, beside, None, **quick)
+    inputs = [beside, stages, text, *how]
+    gr.on([send.click, text.submit], asked, inputs, shown, trigger_mode="multiple", **controls.SAMPLING)
+    stop.click(stopped, beside, None, **controls.QUICK)
 
 
 def stopped(beside: Beside) -> None:
