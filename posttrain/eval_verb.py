@@ -29,7 +29,7 @@ def add_verb(verbs, debug: argparse.ArgumentParser) -> None:
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL", nargs="?", help="folder of a model or a run, or a name on the Hub")
-    verb.add_argument("--suite", metavar="NAME", help="math, code, identity, chat, base or tiny")
+    verb.add_argument("--suite", metavar="NAME", help="math, code, identity, chat, think, base or tiny")
     verb.add_argument(
         "--data", metavar="NAME", help="held-out rows; for --suite also gsm8k, math500, humaneval, mbpp of the Hub"
     )
@@ -41,8 +41,9 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=int, help="of tiny's world and of draws; default: the stage's own, else 0")
     verb.add_argument("--json", metavar="FILE", help="write all figures there, too")
     verb.add_argument("--again", metavar="FILE", help="measure a stored evaluation again; exit code 1 if it differs")
-    _add_replies(verb.add_argument_group("suites of replies: math, code, identity, chat"))
+    _add_replies(verb.add_argument_group("suites of replies: math, code, identity, chat, think"))
     _add_against(verb.add_argument_group("--suite chat: who decides"))
+    _add_think(verb.add_argument_group("--suite think: tokens to think"))
     _add_base(verb.add_argument_group("base models"))
     _add_regurgitation(verb.add_argument_group("base models: training documents said again word for word"))
     _add_harness(verb.add_argument_group("base models: tasks of lm-evaluation-harness"))
@@ -57,7 +58,7 @@ def defaults() -> argparse.Namespace:
 
 def _add_replies(group) -> None:
     group.add_argument(
-        "--num_generations", type=int, help="replies a prompt; default: math, code 8, identity 4, chat 1"
+        "--num_generations", type=int, help="replies a prompt; default: math, code, think 8, identity 4, chat 1"
     )
     group.add_argument("--temperature", type=float, help="0 is greedy; default: 1")
     group.add_argument("--top_p", type=float, help="nucleus sampling; default: 1, all tokens")
@@ -78,6 +79,22 @@ def _add_against(group) -> None:
     group.add_argument("--judge_model", metavar="NAME", help="the judge's name there")
     group.add_argument("--judge_api_key_env", metavar="NAME", help="environment variable with its key")
     group.add_argument("--judge_cache", metavar="FILE", help="JSONL of its answers, asked for once")
+
+
+def _add_think(group) -> None:
+    group.add_argument(
+        "--budgets", type=int, nargs="+", metavar="N", help="think so many tokens at most; default: powers of two"
+    )
+    group.add_argument(
+        "--at_least", type=int, nargs="+", metavar="N", help="think so many at least, by --go_on; default: none"
+    )
+    group.add_argument("--at_once", metavar="TEXT", help="opens an answer; default: the stage's, or 'The answer is'")
+    group.add_argument("--in_steps", metavar="TEXT", help="opens thoughts; default: likewise, or a call for steps")
+    group.add_argument("--steps_system", metavar="TEXT", help="system message of the replies that think")
+    group.add_argument("--answer", metavar="TEXT", help="put behind thoughts that are cut; default: the template's "
+                       "closing tag or a break, then --at_once")  # fmt: skip
+    group.add_argument("--answer_tokens", type=int, help="at most, of an answer at once or behind a cut; default: 32")
+    group.add_argument("--go_on", metavar="TEXT", help="put where thoughts would end too early; default: ' Wait'")
 
 
 def _add_base(group) -> None:
@@ -131,8 +148,11 @@ def run(options) -> int:
 def _without_suite(options) -> int:
     from posttrain.models import load_config
     from posttrain.serve import check_folder
-    from posttrain.suite_settings import SUITES, is_run
+    from posttrain.suite_settings import SUITES, THINK_FLAGS, is_run
 
+    given = [f"--{flag}" for flag in THINK_FLAGS if getattr(options, flag) is not None]
+    if given:
+        raise UserError(f"{', '.join(given)}: works with --suite think; add that or leave it out")
     if is_run(options.model):
         raise UserError(f"{options.model} is a run: add --suite {', '.join(SUITES)}, or name one of its stages")
     check_folder(options.model)

@@ -1,9 +1,11 @@
-"""Pictures of a reward model as SVG: the reliability curve, and best-of-n against KL.
+"""Pictures as SVG: a reward model's reliability curve, best-of-n against KL, accuracy against tokens to think.
 
 In: points with intervals, as manifests and `bestof.json` store them. Out: `Markup` holding one `<svg>` that takes the
 report's colours; `standalone` gives it colours of its own, for a file.
 """
 
+import math
+import re
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -33,8 +35,9 @@ class Line:
     kind: str = "full"
 
 
-def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False) -> Markup:
-    """One picture with named axes; `even` draws the diagonal y = x, from corner to corner of what both axes hold."""
+def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False, log: bool = False) -> Markup:
+    """One picture with named axes; `even` draws the diagonal y = x, from corner to corner of what both axes hold;
+    `log` puts x, which is above 0, on a logarithmic axis."""
     width, height, left, right, top, bottom = 440, 286 + 14 * len(lines), 52, 12, 10 + 14 * len(lines), 40
     xs = [point[0] for line in lines for point in line.points]
     ys = [value for line in lines for point in line.points for value in point[1:] if value is not None]
@@ -44,7 +47,8 @@ def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False) -
     high_x = high_x if high_x > low_x else low_x + 1
 
     def across(value: float) -> float:
-        return left + (width - left - right) * (value - low_x) / (high_x - low_x)
+        share = math.log(value / low_x, high_x / low_x) if log else (value - low_x) / (high_x - low_x)
+        return left + (width - left - right) * share
 
     def up(value: float) -> float:
         return height - bottom - (height - top - bottom) * (value - low_y) / (high_y - low_y)
@@ -53,7 +57,7 @@ def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False) -
     for mark in ticks(low_y, high_y, 7):
         out.append(f'<path class="grid" d="M{left} {up(mark):.1f}H{width - right}"/>')
         out.append(f'<text class="tick end" x="{left - 6}" y="{up(mark) + 3.5:.1f}">{mark:.3g}</text>')
-    for mark in ticks(low_x, high_x, 6):
+    for mark in _powers_of_two(low_x, high_x) if log else ticks(low_x, high_x, 6):
         out.append(f'<text class="tick mid" x="{across(mark):.1f}" y="{height - 24}">{mark:.3g}</text>')
     out.append(f'<text class="mid" x="{(left + width - right) / 2:.0f}" y="{height - 6}">{escape(x)}</text>')
     out.append(
@@ -66,6 +70,10 @@ def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False) -
     for index, line in enumerate(lines):
         out += _drawn(line, 16 + 14 * index, left, across, up)
     return Markup("".join(out) + "</svg>")
+
+
+def _powers_of_two(low: float, high: float) -> list[int]:
+    return [2**power for power in range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1)]
 
 
 def _drawn(line: Line, at: int, left: int, across, up) -> list[str]:
@@ -127,6 +135,23 @@ def agreement_plot(curves: dict) -> Markup:
         if points
     ]
     return plot("agreement", lines, x="samples that agree", y="answers right", even=True)
+
+
+def thinking_plot(curve: list[dict]) -> Markup:
+    """`suite_think`'s curve: accuracy against mean tokens a reply, from an answer at once over budgets of thought to
+    thoughts without a limit and longer ones. The reply that the model would give by itself is no point of it. pass@k
+    spends k replies: its x is the tokens of one."""
+    points = [point for point in curve if point["label"] != "free"]
+    names = ["greedy", *(name for name in points[0] if re.fullmatch(r"pass@\d+", name))]
+    lines = []
+    for name in dict.fromkeys([*names[:2], names[-1]]):
+        place = "greedy tokens" if name == "greedy" else "tokens"
+        each = [
+            (point[place]["value"], *(100 * point[name][key] for key in ("value", "low", "high"))) for point in points
+        ]
+        lines.append(Line("temperature 0" if name == "greedy" else name, each, len(lines)))
+    ways = ", ".join(point["label"] for point in points)
+    return plot("tokens to think", lines, x=f"tokens a reply: {ways}", y="right, %", log=True)
 
 
 def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:

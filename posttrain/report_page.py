@@ -12,6 +12,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from posttrain import figures
+from posttrain.plots import thinking_plot
 from posttrain.report_read import Stage
 
 LONGEST_TEXT = 4000  # characters of one reply or prompt; the rest is counted, not shown
@@ -79,7 +80,8 @@ def summary(stages: list[Stage]) -> tuple[int, list[str]]:
 
 def evaluations(stages: list[Stage]) -> list[dict]:
     """One table a suite over the stages that have it: {"suite", "stages", "rows": [(metric, unit, [(figure or None,
-    its paired change in words)])], "settings": those all its files share, "commands", "conclusions": sentences}."""
+    its paired change in words)])], "settings": those all its files share, "commands", "conclusions": sentences,
+    "pictures": [(stage, picture)]}."""
     tables = []
     for suite in dict.fromkeys(suite for stage in stages for suite in stage.evals):
         having = [stage for stage in stages if suite in stage.evals]
@@ -95,7 +97,15 @@ def evaluations(stages: list[Stage]) -> list[dict]:
         commands = [str(each["command"]) for each in told if each.get("command")]
         tables.append({"suite": suite, "stages": having, "rows": rows, "settings": shared, "commands": commands})
         tables[-1]["conclusions"] = list(said)
+        tables[-1]["pictures"] = pictures_of(having, told)
     return tables
+
+
+def pictures_of(stages: list[Stage], told: list[dict]) -> list[tuple[str, Markup]]:
+    """(stage, picture) of the evaluations that hold a curve of accuracy against tokens."""
+    details = [each["details"] if isinstance(each.get("details"), dict) else {} for each in told]
+    found = zip(stages, details, strict=True)
+    return [(stage.name, thinking_plot(each["curve"])) for stage, each in found if each.get("curve")]
 
 
 def _change(told: dict, name: str) -> str:

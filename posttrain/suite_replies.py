@@ -115,7 +115,7 @@ def with_system(row: dict, system: str | None) -> dict:
 
 def measure(subject, rows: list[dict], settings: Settings) -> Found:
     """Sample and judge. UserError for rows that the suite cannot judge, or a base model that it cannot ask."""
-    _check_columns(rows, settings.suite)
+    check_columns(rows, settings.suite)
     rewards = _rewards(settings)
     asker = Asker(subject, rows, settings)
     sampling = settings.sampling(asker.stops)
@@ -144,10 +144,11 @@ def measure(subject, rows: list[dict], settings: Settings) -> Found:
     return found
 
 
-def _check_columns(rows: list[dict], suite: str) -> None:
-    column, adapters = {"math": ("answer", "gsm8k, math_problems"), "code": ("tests", "humaneval, mbpp")}.get(
-        suite, (None, "")
-    )
+def check_columns(rows: list[dict], suite: str) -> None:
+    """UserError for rows without what the suite judges replies by."""
+    answers = ("answer", "gsm8k, math_problems")
+    needed = {"math": answers, "think": answers, "code": ("tests", "humaneval, mbpp")}
+    column, adapters = needed.get(suite, (None, ""))
     if column is None:
         return
     for index, row in enumerate(rows):

@@ -18,15 +18,16 @@ from posttrain.lookup import nearest
 from posttrain.models import load_config, load_tokenizer
 from posttrain.stage import read_manifest
 
-SUITES = ("math", "code", "identity", "chat", "base", "tiny")
-REPLY_SUITES = ("math", "code", "identity", "chat")  # the model answers; the others read it as a base model
+SUITES = ("math", "code", "identity", "chat", "think", "base", "tiny")
+REPLY_SUITES = ("math", "code", "identity", "chat", "think")  # the model answers; the others read it as a base model
 # What decides a figure of the suites of replies: these flags and no others.
 COMMON_FLAGS = ("suite", "data", "data_config", "data_adapter", "split", "rows", "seed", "use_vllm", "max_tokens")
+THINK_FLAGS = ("budgets", "at_least", "at_once", "in_steps", "steps_system", "answer", "answer_tokens", "go_on")
 REPLY_FLAGS = (
     "num_generations", "temperature", "top_p", "top_k", "sample_seed", "system", "reward_funcs", "identity", "against",
-    "reward", "judge", "judge_model", "judge_api_key_env", "judge_cache",
+    "reward", "judge", "judge_model", "judge_api_key_env", "judge_cache", *THINK_FLAGS,
 )  # fmt: skip
-TINY_KINDS = {"math": "problems", "chat": "prompts", "base": "documents"}
+TINY_KINDS = {"math": "problems", "think": "problems", "chat": "prompts", "base": "documents"}
 # Data sets of the Hub under a short name: what --data, --data_config, --split and --data_adapter would say.
 PRESETS = {
     "gsm8k": ("openai/gsm8k", "main", "test", "gsm8k"),
@@ -34,10 +35,11 @@ PRESETS = {
     "humaneval": ("openai/openai_humaneval", None, "test", "humaneval"),
     "mbpp": ("google-research-datasets/mbpp", "full", "test", "mbpp"),
 }
-GENERATIONS = {"math": 8, "code": 8, "identity": 4, "chat": 1}
-TOKENS = {"math": 512, "code": 768, "identity": 64, "chat": 512}
+GENERATIONS = {"math": 8, "code": 8, "identity": 4, "chat": 1, "think": 8}
+TOKENS = {"math": 512, "code": 768, "identity": 64, "chat": 512, "think": 512}
 HINTS = {
     "math": "--data gsm8k, or a file with --data_adapter gsm8k or math_problems",
+    "think": "--data gsm8k, or a file with --data_adapter gsm8k or math_problems",
     "code": "--data humaneval, or a file with --data_adapter humaneval or mbpp",
     "chat": "a file or Hub name with a column prompt, or --data_adapter oasst_rankings",
     "base": "texts, or --few_shot FILE, or --tasks A,B",
@@ -126,7 +128,7 @@ def _obstacle(path: str, suite: str) -> str | None:
     architectures = load_config(path).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "it is a reward model, which writes no replies"
-    if suite in ("code", "identity", "chat") and not load_tokenizer(path).chat_template:
+    if suite in ("code", "identity", "chat", "think") and not load_tokenizer(path).chat_template:
         return "it has no chat template: a base model completes texts and answers nobody"
     return None
 
@@ -173,15 +175,20 @@ def _resolve_replies(given: Namespace, found: list[Target], config: dict) -> Non
                             "recipes/identity/identity.yaml")  # fmt: skip
     room = min(_context(target.path) for target in found) // 2
     tokens = (given.data == "tiny" and config.get("eval_max_tokens")) or min(TOKENS[suite], room)
+    judged = given.data == "tiny" and given.data_config in JUDGED_KINDS and suite != "think"
     defaults = {
         "num_generations": GENERATIONS[suite], "max_tokens": tokens, "temperature": 1.0, "top_p": 1.0, "top_k": 0,
         "sample_seed": IDENTITY_SEED if suite == "identity" else EVAL_SEED,
-        "reward_funcs": list(TINY_REWARDS) if given.data_config in JUDGED_KINDS and given.data == "tiny" else [],
+        "reward_funcs": list(TINY_REWARDS) if judged else [],
     }  # fmt: skip
     for key, value in defaults.items():
         if getattr(given, key) is None:
             setattr(given, key, value)
     _check_ranges(given)
+    if suite == "think":
+        from posttrain import suite_think
+
+        suite_think.resolve(given, load_tokenizer(found[-1].path), config.get("eval_prefixes") or {})
 
 
 def _check_ranges(given: Namespace) -> None:

@@ -17,7 +17,12 @@ def text(given, results: list) -> str:
     """The whole answer of the verb."""
     first = results[0]
     lines = [headline(given, first), ""]
-    if len(results) == 1:
+    if given.suite == "think":
+        from posttrain import suite_think
+
+        lines += [line for one in results for line in [*suite_think.lines(one.target.name, one.found), ""]]
+        lines += [suite_think.EXPLAINED, *wrong_ones(first.found.samples)]
+    elif len(results) == 1:
         lines += metric_lines(first.found.metrics)
         lines += wrong_ones(first.found.samples)
     else:
@@ -108,8 +113,8 @@ def one_line(text: str, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def markdown(told: dict) -> str:
-    """MODEL/evals/NAME.md: all figures, changes and the call that gives them again."""
+def markdown(told: dict, picture: str | None = None) -> str:
+    """MODEL/evals/NAME.md: all figures, changes and the call that gives them again; `picture` is a file beside it."""
     lines = [f"# {told['suite']}", "", "| figure | value | 95 % interval | n | change, paired |", "|---" * 5 + "|"]
     for name, figure in told["metrics"].items():
         value, interval = figures.measure(figure, figure.get("unit") or "")
@@ -121,6 +126,8 @@ def markdown(told: dict) -> str:
         f"{source.get('rows', '')} rows of {source.get('name')}, {source.get('split')}, sha256 {source.get('sha256')}"
         for source in told["data"]
     ]
+    if picture is not None:
+        lines += ["", f"![right answers against tokens a reply]({picture})"]
     again = [f"    {told['command']}", "", f"{told['created']}; {'; '.join(sources)}"]
     return "\n".join([*lines, "", *again, *[f"- {line}" for line in told["conclusions"]]]) + "\n"
 

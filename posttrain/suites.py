@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from posttrain import card, suite_table
+from posttrain import card, plots, suite_table
 from posttrain.checkpoint import write_json
 from posttrain.errors import UserError
 from posttrain.eval_report import HASHED
@@ -32,6 +32,7 @@ from posttrain.suite_settings import (
     COMMON_FLAGS,
     REPLY_FLAGS,
     REPLY_SUITES,
+    THINK_FLAGS,
     Target,
     data_config,
     load_suite,
@@ -118,6 +119,7 @@ def check_flags(given: Namespace) -> None:
             if getattr(given, flag) is not None:
                 raise UserError(f"--{flag}: works with --suite chat, found --suite {given.suite}; take the other or "
                                 f"leave --{flag} out")  # fmt: skip
+    _check_think(given)
     if given.judge and not given.judge_model:
         raise UserError("--judge: needs --judge_model, the name under which that server has the judge")
     if given.judge and given.reward:
@@ -128,12 +130,27 @@ def check_flags(given: Namespace) -> None:
         raise UserError("--judge: it compares two models: add --against MODEL")
 
 
+def _check_think(given: Namespace) -> None:
+    if given.suite != "think":
+        for flag in THINK_FLAGS:
+            if getattr(given, flag) is not None:
+                raise UserError(f"--{flag}: works with --suite think, found --suite {given.suite}; take the other or "
+                                f"leave --{flag} out")  # fmt: skip
+    elif given.reward_funcs:
+        raise UserError("--reward_funcs: --suite think judges by the verifier alone; leave it out")
+
+
 def _measure_replies(target: Target, given: Namespace, rows: list[dict], description: dict) -> Result:
     from posttrain import suite_replies
     from posttrain.eval_base import Subject
 
     subject = Subject(Namespace(**{**vars(given), "model": target.path}))
-    found = suite_replies.measure(subject, rows, reply_settings(given))
+    if given.suite == "think":
+        from posttrain import suite_think
+
+        found = suite_think.measure(subject, rows, suite_think.Settings.of(given))
+    else:
+        found = suite_replies.measure(subject, rows, reply_settings(given))
     found.more |= {"dtype": str(subject.model.dtype).removeprefix("torch."), **_template(subject.tokenizer)}
     if len(found.rows) < len(rows):
         found.conclusions.append(f"{len(rows) - len(found.rows)} of {len(rows)} prompts are too long and left out")
@@ -324,7 +341,12 @@ def keep(model: str, given: Namespace, told: dict) -> list[str]:
         return [f"{folder} cannot be written: nothing is stored there; --json FILE stores it elsewhere"]
     (folder / EVALS).mkdir(exist_ok=True)
     write_json(folder / EVALS / f"{name}.json", told)
-    (folder / EVALS / f"{name}.md").write_text(suite_table.markdown(told), encoding="utf-8")
+    picture = None
+    if given.suite == "think":
+        picture = f"{name}.svg"
+        svg = plots.standalone(plots.thinking_plot(told["details"]["curve"]))
+        (folder / EVALS / picture).write_text(svg, encoding="utf-8")
+    (folder / EVALS / f"{name}.md").write_text(suite_table.markdown(told, picture), encoding="utf-8")
     if (folder / STAGE).is_file():  # its model card shows them, too
         card.write(folder)
     return [f"stored in {folder / EVALS / name}.json and .md"]
