@@ -15,7 +15,10 @@ from posttrain.intervals import clearly_higher, gain, measured, pass_at_k
 from posttrain.rewards import load_rewards
 from posttrain.rl.rollout import Sampling
 from posttrain.rl.scoring import call_rewards
+from posttrain.rl.tools import ToolEngine
 from posttrain.rl.types import Rollouts
+from posttrain.tool_calls import ToolLimits
+from posttrain.tools import check_tools, load_tools, with_tools
 
 EVAL_SEED = 20_000  # apart from any training seed: the same problems are sampled the same way in every stage
 
@@ -48,9 +51,40 @@ class ReplyConfig:
     eval_max_tokens: int = arg(64, help="replies are cut at so many tokens")
     eval_prefixes: dict = arg({}, help="label -> words that the reply is made to begin with (tokens to think)")
     eval_num_samples: int = arg(6, help="prompts whose replies are stored for the report")
+    eval_tools: list[str] | None = arg(None, help="tools that replies may call; none: those of training, if any")
+    eval_tool_options: dict = arg({}, help="their keywords by name, as tool_options")
+    max_tool_calls: int = arg(4, help="calls in one reply, trained on or measured; a further one is not answered")
+    max_tool_tokens: int = arg(256, help="tokens of a tool's answer; what is longer is cut")
+    tool_timeout: float = arg(30.0, help="seconds that a tool has for one answer")
 
     def __post_init__(self):
         at_least(self, eval_num_generations=1, eval_max_tokens=1, eval_num_samples=0)
+        ToolLimits(**self.tool_limits)
+        try:
+            check_tools(self.eval_tools or [], self.eval_tool_options)
+        except UserError as error:
+            raise UserError(f"eval_{error}") from error
+
+    @property
+    def tool_limits(self) -> dict:
+        return {key: getattr(self, key) for key in ("max_tool_calls", "max_tool_tokens", "tool_timeout")}
+
+    def told(self, rows: list[dict]) -> list[dict]:
+        """Held-out rows whose prompts tell the model of eval_tools, where they are set; [] takes tools away."""
+        if self.eval_tools is None:
+            return rows
+        bare = [{key: value for key, value in row.items() if key != "tools"} for row in rows]
+        return with_tools(bare, self.eval_tools, self.eval_tool_options)
+
+    def engine(self, engine, tokenizer):
+        """The engine with eval_tools in place of any that it has; as it is where they are not set."""
+        if self.eval_tools is None:
+            return engine
+        inner = engine.engine if isinstance(engine, ToolEngine) else engine
+        if not self.eval_tools:
+            return inner
+        tools = load_tools(self.eval_tools, self.eval_tool_options)
+        return ToolEngine(inner, tools, tokenizer, **self.tool_limits)
 
 
 def eval_data(data: DataConfig, config: EvalConfig) -> DataConfig:
@@ -130,10 +164,11 @@ def sample_replies(engine, tokenizer, rows: list[dict], config: ReplyConfig, sto
     prompts = [prompt_ids(tokenizer, row) for row in rows]
     n = config.eval_num_generations
     sampling = Sampling(n, config.eval_max_tokens, tuple(sorted(stop_ids)))
-    completions = engine.generate([p + begin for p in prompts], sampling, EVAL_SEED)
+    completions = config.engine(engine, tokenizer).generate([p + begin for p in prompts], sampling, EVAL_SEED)
     for completion in completions:
         completion.ids = begin + completion.ids
         completion.logps = [0.0] * len(begin) + completion.logps
+        completion.mask = completion.mask and [1] * len(begin) + completion.mask
     return Rollouts([r for r in rows for _ in range(n)], [p for p in prompts for _ in range(n)], completions, n)
 
 
@@ -160,7 +195,22 @@ def judge(rollouts: Rollouts, tokenizer, config: ReplyConfig, more=()) -> dict[s
     ended = by_prompt([float(c.stop == "stop") for c in rollouts.completions], n)
     metrics["reply length"] = measured([sum(g) / n for g in lengths], "tokens")
     metrics["replies that end"] = measured([sum(g) / n for g in ended], "%")
-    return metrics
+    return metrics | tool_metrics(rollouts)
+
+
+def tool_metrics(rollouts: Rollouts) -> dict[str, dict]:
+    """Of replies that could call tools: the share that called one, calls a reply, and the share of those that call
+    whose calls failed at least once; intervals over prompts."""
+    n, completions = rollouts.num_generations, rollouts.completions
+    if any(c.calls is None for c in completions):
+        return {}
+    calls = by_prompt([float(c.calls) for c in completions], n)
+    metrics = {
+        "replies that call": measured([sum(map(bool, g)) / n for g in calls], "%"),
+        "calls": measured([sum(g) / n for g in calls], "a reply"),
+    }
+    failed = [float(c.failed_calls > 0) for c in completions if c.calls]
+    return metrics | ({"replies with a failed call": measured(failed, "%")} if failed else {})
 
 
 def measure_replies(

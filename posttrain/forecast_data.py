@@ -89,9 +89,10 @@ def _token_counts(asked: Asked, rows: list[dict]) -> list[int]:
         rankings, _ = encode_rankings(tokenizer, rows, asked.key("max_length"), asked.key("ties"))
         return [ranking.size for ranking in rankings]
     from posttrain.evals import prompt_ids
-    from posttrain.rl.batches import with_tools
+    from posttrain.tools import with_tools
 
-    return [len(prompt_ids(tokenizer, row)) for row in with_tools(rows, asked.key("tools") or [])]
+    told = with_tools(rows, asked.key("tools") or [], asked.key("tool_options"))
+    return [len(prompt_ids(tokenizer, row)) for row in told]
 
 
 def _small_model(tokenizer):

@@ -135,6 +135,7 @@ class Watch:
         engines: EngineConfig, max_length: int, identity: str | None = None,
     ):  # fmt: skip
         self.run, self.model, self.tokenizer, self.replies = run, model, tokenizer, replies
+        test = replies.told(test)
         sizes = [evals.prompt_size(tokenizer, row) for row in test]
         self.test, length = evals.fit_prompts(run, model, test, sizes, replies.eval_max_tokens + 1)
         self.identity = identity

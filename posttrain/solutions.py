@@ -18,7 +18,7 @@ from posttrain.rl.rollout import sample_seed
 class RejectionConfig:
     """Rejection sampling: rounds, what is kept, batches"""
 
-    tools = ()  # no key: `encode_prompts` asks which tools prompts are told of, and there are none
+    tools, tool_options = (), None  # no keys: `encode_prompts` asks what prompts are told of, and there is nothing
     num_rounds: int = arg(3, help="rounds of sampling and training")
     num_prompts: int | None = arg(None, help="problems of a round, over all processes; none = all of them")
     num_generations: int = arg(15, help="solutions sampled of each problem")

@@ -43,7 +43,7 @@ def main() -> None:
     networks = load_networks(base, lora, config, loss, accelerator.device)
     policy, tokenizer, stops = networks.policy, networks.tokenizer, networks.stop_ids
     prompts, test, length = gated_prompts(run, policy, tokenizer, rows, test, config, replies)
-    engine = load_engine(engines, networks, config, length, run)
+    engine = load_engine(engines, networks, config, replies, length, run)
     before, _ = evals.measure_replies(engine, tokenizer, test, replies, stops)
     rewards = load_rewards(config.reward_funcs, config.reward_weights, config.reward_options)
     trainer = RLTrainer(run, accelerator, config, loss, optim, networks, engine, prompts, rewards)

@@ -44,7 +44,7 @@ def main() -> None:
     policy, tokenizer, stops = networks.policy, networks.tokenizer, networks.stop_ids
     judges = [("reward model", load_reward_model(base, ppo, accelerator.device), 1.0)]
     prompts, test, length = gated_prompts(run, policy, tokenizer, rows, test, config, replies)
-    engine = load_engine(engines, networks, config, length, run)
+    engine = load_engine(engines, networks, config, replies, length, run)
     before, _ = evals.measure_replies(engine, tokenizer, test, replies, stops, judges)
     trainer = RLTrainer(run, accelerator, config, loss, optim, networks, engine, prompts, judges, ppo)
     trainer.train()

@@ -8,6 +8,7 @@ from posttrain import gate
 from posttrain.conditions import CONDITIONS
 from posttrain.data import tiny
 from posttrain.errors import UserError
+from posttrain.evals import ReplyConfig
 from posttrain.ranking_rows import encode_rankings
 from posttrain.rl.batches import gated_prompts
 from posttrain.rl.config import RLConfig
@@ -61,7 +62,7 @@ def refused_and_allowed(name, words, act):
 
 
 def rl(tokenizer, model, rows, run, **keys):
-    replies = SimpleNamespace(eval_max_tokens=16)
+    replies = ReplyConfig(eval_max_tokens=16)
     return gated_prompts(run, model, tokenizer, rows, rows, RLConfig(**keys), replies)
 
 

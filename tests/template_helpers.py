@@ -12,7 +12,7 @@ from posttrain.template_render import declared_control
 FOLDER = REPOSITORY / "chat_templates"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
 THINKING = {"qwen3", "qwen3_keep_thinking", "deepseek_r1"}
-TOOL_FORMATS = {"chatml_tools", "qwen3", "qwen3_keep_thinking", "llama3_1", "mistral"}
+TOOL_FORMATS = {"chatml_tools", "chatml_calls", "qwen3", "qwen3_keep_thinking", "llama3_1", "mistral"}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 WORDS = (

@@ -4,7 +4,6 @@ Run: pytest tests/test_gate_stages.py
 """
 
 from copy import deepcopy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from posttrain.chat import set_template, template_sha256
 from posttrain.conditions import known, packing_leaks
 from posttrain.data import tiny
 from posttrain.errors import UserError
+from posttrain.evals import ReplyConfig
 from posttrain.models import save_pair
 from posttrain.ranking_rows import encode_rankings, replies_of
 from posttrain.rl.batches import encode_prompts
@@ -135,7 +135,7 @@ def test_rankings_and_prompts_that_are_mostly_left_out(tokenizer, model):
 
 def test_rl_prompts_pass_and_are_those_of_encode_prompts(tokenizer, model):
     prompts = [{"prompt": row["prompt"]} for row in tiny.rows("problems", "train", 100, 0)]
-    run, config, replies = Run(), RLConfig(), SimpleNamespace(eval_max_tokens=16)
+    run, config, replies = Run(), RLConfig(), ReplyConfig(eval_max_tokens=16)
     assert rl(tokenizer, model, prompts, run) == encode_prompts(
         run, model, tokenizer, prompts, prompts, config, replies
     )

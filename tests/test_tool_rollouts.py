@@ -21,10 +21,11 @@ from rl_helpers import ROOT, plain_logps, tiny_llama, tiny_tokenizer
 from posttrain.chat import encode_chat
 from posttrain.errors import UserError
 from posttrain.rl.rollout import EngineConfig, HFEngine, Sampling, VLLMEngine, sample_seed
-from posttrain.rl.tools import Call, ToolEngine, ToolTemplate, read_calls, schemas
+from posttrain.rl.tools import ToolEngine
 from posttrain.rl.types import Completion
 from posttrain.tokenizer import train_tokenizer
-from posttrain.tools import load_tools
+from posttrain.tool_calls import Call, ToolTemplate, read_calls
+from posttrain.tools import load_tools, schemas
 
 CALL = '<tool_call>\n{"name": "calculator", "arguments": {"expression": "%s"}}\n</tool_call>'
 

@@ -14,8 +14,7 @@ is in examples/word_count.py.
 import re
 from collections.abc import Iterable, Iterator
 
-from posttrain.rl.tools import schemas
-from posttrain.tools import load_tools
+from posttrain.tools import load_tools, schemas
 
 
 def products(rows: Iterable[dict]) -> Iterator[tuple[str, int, int]]:

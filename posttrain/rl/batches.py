@@ -13,9 +13,8 @@ from posttrain.evals import fit_prompts, prompt_ids, prompt_size
 from posttrain.layouts import Batch, Group, Layout
 from posttrain.rl.config import RLConfig
 from posttrain.rl.forward import lay_out, sequences_of, split
-from posttrain.rl.tools import schemas
 from posttrain.rl.types import Experience
-from posttrain.tools import load_tools
+from posttrain.tools import with_tools
 
 
 @dataclass
@@ -39,7 +38,8 @@ class MicroBatch:
 def encode_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies):
     """(rows with `prompt_ids` and `row`, held-out rows, the longest prompt with reply that the engine must have room
     for). Prompts longer than max_prompt_length or than the model's context has room for are left out of both."""
-    prompts, rows, test = [], with_tools(rows, config.tools), with_tools(test, config.tools)
+    prompts, rows = [], with_tools(rows, config.tools, config.tool_options)
+    test = with_tools(test, config.tools, config.tool_options) if replies.eval_tools is None else replies.told(test)
     for index, row in enumerate(rows):
         prompts.append({**row, "prompt_ids": prompt_ids(tokenizer, row), "row": index})
     most, sizes = config.max_prompt_length, [len(row["prompt_ids"]) for row in prompts]
@@ -52,15 +52,9 @@ def encode_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], co
 def gated_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies):
     """`encode_prompts` of what a stage is about to train on, once the gate has let it pass."""
     prompts, test, longest = encode_prompts(run, model, tokenizer, rows, test, config, replies)
-    rows = with_tools(rows, config.tools)
+    rows = with_tools(rows, config.tools, config.tool_options)
     gate.require(run, gate.rl_checks(tokenizer, model, rows, prompts, run.parents))
     return prompts, test, longest
-
-
-def with_tools(rows: list[dict], names: list[str]) -> list[dict]:
-    """Rows whose prompts tell the model of these tools; a row's own `tools` stay."""
-    told = schemas(load_tools(names))
-    return [{**row, "tools": row.get("tools") or told} for row in rows] if told else rows
 
 
 def micro_batches(

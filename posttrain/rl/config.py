@@ -13,6 +13,7 @@ from posttrain.layouts import LAYOUTS
 from posttrain.rl.advantages import ADVANTAGES
 from posttrain.rl.kl import KL_ESTIMATORS
 from posttrain.rl.losses import LEVELS, LOSS_TYPES
+from posttrain.tools import check_tools
 
 
 @dataclass
@@ -37,10 +38,10 @@ class RLConfig:
     )
     running_rewards: bool = arg(False, help="rewards minus their mean over their std, both over the whole run so far")
     missing_eos_penalty: float = arg(0.0, help="subtracted from the reward of a completion cut at the limit")
-    tools: list[str] = arg([], help="tools that completions may call: calculator, python or dotted paths")
-    max_tool_calls: int = arg(4, help="calls in one completion; a further one stays without an answer")
-    max_tool_tokens: int = arg(256, help="tokens of a tool's answer; what is longer is cut")
-    tool_timeout: float = arg(30.0, help="seconds that a tool has for one answer")
+    tools: list[str] = arg(
+        [], help="tools that completions may call: calculator, python, search, mcp:NAME or dotted paths"
+    )
+    tool_options: dict = arg({}, help="keywords of tools by name: {search: {folder: docs}}")
     dynamic_sampling: int = arg(
         0, help="sample up to so many times more a step, until num_prompts groups have differing rewards (DAPO)"
     )
@@ -64,8 +65,6 @@ class RLConfig:
             "num_iterations": 1,
             "num_minibatches": 1,
             "max_tokens_per_microbatch": 1,
-            "max_tool_calls": 1,
-            "max_tool_tokens": 1,
         }
         at_least(self, **least, max_prompt_length=1, dynamic_sampling=0, reward_timeout=0)
         if self.temperature <= 0:
@@ -76,6 +75,7 @@ class RLConfig:
             raise UserError(
                 f"reward_weights: found {len(self.reward_weights)} for {len(self.reward_funcs)} reward_funcs; one each"
             )
+        check_tools(self.tools, self.tool_options)
         if self.rollout_ahead not in (0, 1):
             raise UserError(f"rollout_ahead: found {self.rollout_ahead}, expected 0 or 1")
         if self.rollout_ahead and self.dynamic_sampling:

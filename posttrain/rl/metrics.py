@@ -62,6 +62,9 @@ def experience_numbers(experience: Experience, *, tools: bool = False) -> dict[s
         answers = [0 if c.mask is None else c.mask.count(0) for c in rollouts.completions]
         numbers["tool_tokens"] = mean(answers)
         numbers["tool_share"] = mean([answer > 0 for answer in answers])
+        calls = [c.calls or 0 for c in rollouts.completions]
+        numbers["tool_calls"] = mean(calls)
+        numbers["tool_calls_failed"] = sum(c.failed_calls or 0 for c in rollouts.completions) / max(1, sum(calls))
     return numbers
 
 

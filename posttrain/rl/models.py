@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.chat import stop_ids
-from posttrain.errors import UserError
+from posttrain.evals import ReplyConfig
 from posttrain.layouts import Layout
 from posttrain.lora import LoraArgs, add_adapter
 from posttrain.models import ModelConfig, load_causal_lm, load_pair, load_scalar_model
@@ -19,7 +19,6 @@ from posttrain.rl.forward import rollout_logps
 from posttrain.rl.rollout import Engine, EngineConfig, make_engine
 from posttrain.rl.tools import ToolEngine
 from posttrain.rl.types import Rollouts
-from posttrain.sandbox import sandbox_obstacle
 from posttrain.tools import load_tools
 
 
@@ -87,15 +86,15 @@ def load_networks(
     return networks
 
 
-def load_engine(engines: EngineConfig, networks: Networks, config: RLConfig, length: int, run) -> Engine:
+def load_engine(
+    engines: EngineConfig, networks: Networks, config: RLConfig, replies: ReplyConfig, length: int, run
+) -> Engine:
     """What samples, with room for `length` tokens: vLLM or `generate`, and the tools that the config names."""
     engine = make_engine(engines, networks.policy, networks.tokenizer, length, run)
     if not config.tools:
         return engine
-    if "python" in config.tools and (obstacle := sandbox_obstacle()):
-        raise UserError(f"tools: python: {obstacle}")
-    bounds = {"max_tool_calls": config.max_tool_calls, "max_tool_tokens": config.max_tool_tokens}
-    return ToolEngine(engine, load_tools(config.tools), networks.tokenizer, **bounds, tool_timeout=config.tool_timeout)
+    tools = load_tools(config.tools, config.tool_options)
+    return ToolEngine(engine, tools, networks.tokenizer, **replies.tool_limits)
 
 
 def load_critic(base: ModelConfig, ppo: PPOConfig, policy, device) -> nn.Module:

@@ -13,13 +13,16 @@ from torch import Tensor
 class Completion:
     """One sampled continuation. `ids` includes the end token where the model ended by itself (`stop` "stop").
 
-    With tools it holds their answers, too, between the model's own turns: `mask` tells them apart.
+    With tools it holds their answers, too, between the model's own turns: `mask` tells them apart. `calls` counts
+    those that were answered, `failed_calls` the ones whose answer is an error; None where there are no tools.
     """
 
     ids: list[int]
     logps: list[float]  # of each id under the sampling distribution (temperature applied); 0 where the mask is 0
     stop: str  # "stop": an end token; "length": cut at the limit
     mask: list[int] | None = None  # 1 = sampled by the model, 0 = a tool's text; None = all sampled
+    calls: int | None = None
+    failed_calls: int | None = None
 
     @property
     def sampled(self) -> list[int]:

@@ -1,9 +1,10 @@
-"""Tools that a model may call while it answers, found by short name or by dotted path.
+"""Tools that a model may call while it answers, found by short name, by dotted path, or on an MCP server.
 
-In: names from a YAML (`tools: [calculator, my_tools.weather]`). Out: `Tool`s: the function, and its JSON schema for
-the chat template, made from type hints and a Google-style docstring.
+In: names and options from a YAML (`tools: [calculator, search, my_tools.weather, "mcp:files"]`, `tool_options:
+{search: {folder: docs}}`). Out: `Tool`s: the function, and its JSON schema for the chat template, made from type hints
+and a Google-style docstring.
 
-    tools = load_tools(["calculator"])
+    tools = load_tools(["calculator", "search"], {"search": {"folder": "docs"}})
     print(tools[0].schema, tools[0].call({"expression": "2 * 21"}))
 
 To add one: write such a function in a file of your own (examples/word_count.py), and name it by dotted path.
@@ -13,24 +14,29 @@ import inspect
 import json
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from posttrain.errors import UserError
-from posttrain.lookup import function_by_name
+from posttrain.lookup import function_by_name, nearest
+from posttrain.sandbox import sandbox_obstacle
 from posttrain.tools.calculator import calculator
 from posttrain.tools.python import python
+from posttrain.tools.search import SearchOptions, search_tool
 
 TOOLS: dict[str, Callable] = {"calculator": calculator, "python": python}
+OPTIONS = {"search": SearchOptions}  # tools that are made of options
 KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
 
 @dataclass(frozen=True)
 class Tool:
-    """`schema` is {"type": "function", "function": {"name", "description", "parameters"}}, as templates take it."""
+    """`schema` is {"type": "function", "function": {"name", "description", "parameters"}}, as templates take it.
+    `require` raises UserError where the tool cannot run on this machine; None: it can anywhere."""
 
     name: str
     function: Callable
     schema: dict
+    require: Callable[[], None] | None = None
 
     def call(self, arguments: dict, timeout: float = 30.0) -> str:
         """What the function answers, as text; "error: ..." for wrong arguments, an exception, or no answer in time.
@@ -80,27 +86,82 @@ def _as_text(answer) -> str:
         return str(answer)
 
 
-def load_tools(names: list[str]) -> list[Tool]:
-    """The tools of short names in TOOLS or of dotted paths "package.module.function".
+def schemas(tools: list[Tool]) -> list[dict]:
+    """What `encode_chat(..., tools=)` takes."""
+    return [tool.schema for tool in tools]
+
+
+def load_tools(names: list[str], options: dict | None = None) -> list[Tool]:
+    """The tools of short names, of dotted paths "package.module.function" and of MCP servers, "mcp:NAME".
 
     Modules are also looked for in the working directory: under `accelerate launch` it is not on Python's path.
 
+    Args:
+        options: keywords by name, for those that take some: {"search": {"folder": "docs"}}.
+
     Raises:
         UserError: no such name, module or function, with the nearest one; two tools of one name; a function without
-            type hints or without a docstring that describes it and its arguments.
+            type hints or without a docstring that describes it and its arguments; options that are unknown or wrong.
     """
-    tools = [_tool(name) for name in names]
+    options = options or {}
+    check_tools(names, options)
+    tools = [tool for name in names for tool in _load(name, options.get(name, {}))]
     for place, tool in enumerate(tools):
         if tool.name in [other.name for other in tools[:place]]:
             raise UserError(f"tools: two are called {tool.name!r}: a call could not tell them apart; rename one")
     return tools
 
 
-def _tool(name: str) -> Tool:
+def with_tools(rows: list[dict], names: list[str], options: dict | None = None) -> list[dict]:
+    """Rows whose prompts tell the model of these tools; a row's own `tools` stay."""
+    told = schemas(load_tools(names, options))
+    return [{**row, "tools": row.get("tools") or told} for row in rows] if told else rows
+
+
+def check_tools(names: list[str], options: dict) -> None:
+    """What can be known before anything is read, started or asked for. UserError for options that are unknown or
+    wrong, or that no tool has."""
+    for name, given in options.items():
+        if name not in names:
+            listed = ", ".join(names) or "none"
+            raise UserError(f"tool_options: {name!r} is not among the tools ({listed}){nearest(name, names)}")
+        if name not in OPTIONS:
+            raise UserError(f"tool_options: {name} takes no options; those that do: {', '.join(OPTIONS)}")
+        if not isinstance(given, dict):
+            raise UserError(f"tool_options: {name}: found {given!r}, expected a mapping such as {{key: value}}")
+    for name in names:
+        if name in OPTIONS:
+            made_of(OPTIONS[name], name, options.get(name, {}))
+
+
+def made_of(kind: type, name: str, given: dict):
+    """The dataclass `kind` of options. UserError names the tool, the key and the nearest one."""
+    known = [field.name for field in fields(kind)]
+    for key in given:
+        if key not in known:
+            has = f"its options are {', '.join(known)}"
+            raise UserError(f"tool_options: {name}: unknown key {key!r}{nearest(key, known)}; {has}")
+    try:
+        return kind(**given)
+    except UserError as error:
+        raise UserError(f"tool_options: {name}: {error}") from error
+
+
+def _load(name: str, given: dict) -> list[Tool]:
+    if name == "search":
+        return [_tool(name, *search_tool(made_of(SearchOptions, name, given)))]
+    return [_tool(name, _function(name), _require_sandbox if name == "python" else None)]
+
+
+def _require_sandbox() -> None:
+    if obstacle := sandbox_obstacle():
+        raise UserError(f"tools: python: {obstacle}")
+
+
+def _tool(name: str, function: Callable, require: Callable[[], None] | None = None) -> Tool:
     from transformers.utils import get_json_schema
     from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 
-    function = _function(name)
     try:
         schema = get_json_schema(function)
     except (DocstringParsingException, TypeHintParsingException, ValueError) as error:
@@ -108,7 +169,7 @@ def _tool(name: str) -> Tool:
             f"tool {name!r}: {error}; a tool has type hints and a docstring with a description and an 'Args:' part "
             "that describes each argument"
         ) from error
-    return Tool(schema["function"]["name"], function, schema)
+    return Tool(schema["function"]["name"], function, schema, require)
 
 
 def _function(name: str) -> Callable:
