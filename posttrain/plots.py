@@ -57,7 +57,7 @@ def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False, l
     for mark in ticks(low_y, high_y, 7):
         out.append(f'<path class="grid" d="M{left} {up(mark):.1f}H{width - right}"/>')
         out.append(f'<text class="tick end" x="{left - 6}" y="{up(mark) + 3.5:.1f}">{mark:.3g}</text>')
-    for mark in _powers_of_two(low_x, high_x) if log else ticks(low_x, high_x, 6):
+    for mark in _log_ticks(low_x, high_x) if log else ticks(low_x, high_x, 6):
         out.append(f'<text class="tick mid" x="{across(mark):.1f}" y="{height - 24}">{mark:.3g}</text>')
     out.append(f'<text class="mid" x="{(left + width - right) / 2:.0f}" y="{height - 6}">{escape(x)}</text>')
     out.append(
@@ -72,8 +72,11 @@ def plot(title: str, lines: list[Line], *, x: str, y: str, even: bool = False, l
     return Markup("".join(out) + "</svg>")
 
 
-def _powers_of_two(low: float, high: float) -> list[int]:
-    return [2**power for power in range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1)]
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of two between low and high, and where those are few their one-and-a-half-folds, too."""
+    powers = [2.0**power for power in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
+    marks = sorted([*powers, *(1.5 * power for power in powers)]) if len(powers) < 6 else powers
+    return [mark for mark in marks if low <= mark <= high]
 
 
 def _drawn(line: Line, at: int, left: int, across, up) -> list[str]:
@@ -150,8 +153,14 @@ def thinking_plot(curve: list[dict]) -> Markup:
             (point[place]["value"], *(100 * point[name][key] for key in ("value", "low", "high"))) for point in points
         ]
         lines.append(Line("temperature 0" if name == "greedy" else name, each, len(lines)))
-    ways = ", ".join(point["label"] for point in points)
-    return plot("tokens to think", lines, x=f"tokens a reply: {ways}", y="right, %", log=True)
+    ways: dict[str, list[str]] = {}
+    for point in points:  # at most 4, at most 8, at most 16: at most 4 to 16
+        words, _, number = point["label"].rpartition(" ")
+        ways.setdefault(words if number.isdigit() else point["label"], []).append(number if number.isdigit() else "")
+    told = [
+        " ".join(filter(None, [way, " to ".join(dict.fromkeys([each[0], each[-1]]))])) for way, each in ways.items()
+    ]
+    return plot("tokens to think", lines, x=f"tokens a reply: {', '.join(told)}", y="right, %", log=True)
 
 
 def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:
