@@ -153,14 +153,12 @@ def thinking_plot(curve: list[dict]) -> Markup:
             (point[place]["value"], *(100 * point[name][key] for key in ("value", "low", "high"))) for point in points
         ]
         lines.append(Line("temperature 0" if name == "greedy" else name, each, len(lines)))
-    ways: dict[str, list[str]] = {}
+    ways: dict[str, str] = {}
     for point in points:  # at most 4, at most 8, at most 16: at most 4 to 16
         words, _, number = point["label"].rpartition(" ")
-        ways.setdefault(words if number.isdigit() else point["label"], []).append(number if number.isdigit() else "")
-    told = [
-        " ".join(filter(None, [way, " to ".join(dict.fromkeys([each[0], each[-1]]))])) for way, each in ways.items()
-    ]
-    return plot("tokens to think", lines, x=f"tokens a reply: {', '.join(told)}", y="right, %", log=True)
+        way = words if number.isdigit() else point["label"]
+        ways[way] = f"{ways[way].partition(' to ')[0]} to {number}" if way in ways else point["label"]
+    return plot("tokens to think", lines, x=f"tokens a reply: {', '.join(ways.values())}", y="right, %", log=True)
 
 
 def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:
