@@ -103,7 +103,7 @@ def facts(template: str) -> Facts:
     return Facts(
         title=title(template),
         system=_takes(template, [SYSTEM, *TALK], None, SYSTEM["content"]),
-        tools=_takes(template, TALK, TOOLS, "The sum of two numbers."),
+        tools=_takes(template, TALK, TOOLS, TOOLS[0]["function"]["name"]),
         calls=_takes(template, CALLS[:3], None, "31", "fifty-one"),
         reasoning=reasoning,
         diverges=next(filter(None, (_diverges(template, *each) for each in BATTERY.values())), None),

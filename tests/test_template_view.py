@@ -155,7 +155,7 @@ def test_diff_with_a_models_folder(posttrain, tokenizer, tmp_path):
 
 
 def test_names_that_do_not_exist(posttrain, base_tokenizer, tmp_path):
-    with pytest.raises(UserError, match="no file and no name 'lama3'; there are chatml, chatml_plain"):
+    with pytest.raises(UserError, match="no file and no name 'lama3'; there are chatml, chatml_calls"):
         posttrain("show", "lama3")
     base_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no chat template"):
