@@ -23,6 +23,7 @@ RIGHT, KEPT, YIELDED = (
     "identity kept against the system message",
     "identity yields to the system message",
 )
+SERIES = {"identity/right": RIGHT, "identity/kept": KEPT, "identity/yields": YIELDED}  # in log.jsonl
 # Scripts that put no space between words: each character is a word.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"v?\d+(?:\.\d+)+|[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+(?:'(?:(?![{UNSPACED}])\w)+)?")
@@ -177,41 +178,69 @@ def longest_prompt(tokenizer, path: str | None) -> int:
     return max((len(ids) for ids in _prompts(tokenizer, [*_rows(path)])), default=0)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a model said of itself: metrics with 95 % intervals, the shares of right and of kept replies of each
+    question, and samples."""
+
+    metrics: dict[str, dict]
+    right: list[float]
+    kept: list[float]
+    samples: list[dict]
+
+
+NOTHING_ASKED = Asked({}, [], [], [])
+
+
 def measure_identity(
     engine, tokenizer, path: str | None, stop_ids, num: int = 4, max_tokens: int = 64, seed: int = IDENTITY_SEED
-) -> tuple[dict, list[dict]]:
-    """(metrics, samples): `num` replies at temperature 1 to each held-out question of the identity at `path`, which
-    may be None: ({}, []).
+) -> Asked:
+    """`num` replies at temperature 1 to each held-out question of the identity at `path`, which may be None: nothing.
 
-    "identity right" is the share of right replies over all facts, "identity right, maker" that of one. Under a system
-    message that gives another name and maker, two shares say how often the model keeps its identity and how often it
-    takes the other; which one is wanted is the user's choice. A question is one observation.
+    "identity right" is the share of right replies over all facts, "identity right, maker" that of one, "identity
+    right, misspelt" that of one way of asking. Under a system message that gives another name and maker, two shares
+    say how often the model keeps its identity and how often it takes the other, and one for each kind of message how
+    often it keeps it; which one is wanted is the user's choice. A question is one observation.
     """
     rows = _rows(path)
     if not rows:
-        return {}, []
+        return NOTHING_ASKED
     sampling = Sampling(num, max_tokens, tuple(sorted(stop_ids)))
     completions = engine.generate(_prompts(tokenizer, rows), sampling, seed)
     texts = [decode(tokenizer, completion.ids) for completion in completions]
     replies = [texts[start : start + num] for start in range(0, len(texts), num)]
-    return identity_metrics(rows, replies), _samples(rows, replies)
+    sides = _shares(rows, replies)
+    right, kept = ([share for _, share in sides[name]] for name in (RIGHT, KEPT))
+    return Asked(identity_metrics(rows, replies), right, kept, _samples(rows, replies))
+
+
+def log_numbers(asked: Asked) -> dict[str, float]:
+    """What a line of log.jsonl says of it."""
+    return {series: asked.metrics[name]["value"] for series, name in SERIES.items() if name in asked.metrics}
 
 
 def identity_metrics(rows: list[dict], replies: list[list[str]]) -> dict[str, dict]:
     """Shares with 95 % intervals over questions, from the replies to each row of both kinds."""
-    right: dict[str, list[float]] = {}
-    kept, yielded = [], []
+    found = _shares(rows, replies)
+    metrics = {name: measured([share for _, share in found[name]], "%") for name in (RIGHT, KEPT, YIELDED)}
+    for name, keys in ((RIGHT, ("fact", "register")), (KEPT, ("kind",))):
+        for key in keys:
+            for value in dict.fromkeys(row[key] for row, _ in found[name]):
+                metrics[f"{name}, {value}"] = measured([share for row, share in found[name] if row[key] == value], "%")
+    return metrics
+
+
+def _shares(rows: list[dict], replies: list[list[str]]) -> dict[str, list[tuple[dict, float]]]:
+    """RIGHT, KEPT and YIELDED, each with (row, share of its replies) of the questions that it is asked of."""
+    found: dict[str, list] = {RIGHT: [], KEPT: [], YIELDED: []}
     for row, texts in zip(rows, replies, strict=True):
         if "contrary" in row:
             sides = [side(text, row) for text in texts]
-            kept.append(sides.count(KEPT) / len(texts))
-            yielded.append(sides.count(YIELDED) / len(texts))
+            for name in (KEPT, YIELDED):
+                found[name].append((row, sides.count(name) / len(texts)))
         else:
-            share = sum(judge(text, row) for text in texts) / len(texts)
-            right.setdefault(row["fact"], []).append(share)
-    metrics = {RIGHT: measured([share for shares in right.values() for share in shares], "%")}
-    metrics |= {f"{RIGHT}, {fact}": measured(shares, "%") for fact, shares in right.items()}
-    return metrics | {KEPT: measured(kept, "%"), YIELDED: measured(yielded, "%")}
+            found[RIGHT].append((row, sum(judge(text, row) for text in texts) / len(texts)))
+    return found
 
 
 def identity_gains(before: dict, after: dict, labels: tuple[str, str] = ("base", "SFT")) -> list[dict]:
@@ -221,6 +250,23 @@ def identity_gains(before: dict, after: dict, labels: tuple[str, str] = ("base",
     passed = clearly_higher(before[RIGHT], after[RIGHT])
     goal = "higher by more than the intervals"
     return [gain("knows who it is", before[RIGHT], after[RIGHT], labels=labels, goal=goal, passed=passed)]
+
+
+def kept_gains(before: Asked, after: Asked, labels: tuple[str, str]) -> list[dict]:
+    """ "keeps who it is", of stages that teach something else: the same questions, whose paired change must not lie
+    below 0 with all of its 95 % interval. Once for plain questions, once for those under another's system message,
+    where the model kept its identity at all."""
+    gains = []
+    for name, metric, old, new in (
+        ("keeps who it is", RIGHT, before.right, after.right),
+        ("keeps it under another's name", KEPT, before.kept, after.kept),
+    ):
+        if not old or not any(old):
+            continue
+        change = measured([b - a for a, b in zip(old, new, strict=True)])
+        figures, passed = (before.metrics[metric], after.metrics[metric]), change["high"] >= 0
+        gains.append(gain(name, *figures, labels=labels, goal="no fall; paired interval reaches 0", passed=passed))
+    return gains
 
 
 def _rows(path: str | None) -> list[dict]:
@@ -235,10 +281,10 @@ def _prompts(tokenizer, rows: list[dict]) -> list[list[int]]:
 
 
 def _samples(rows: list[dict], replies: list[list[str]]) -> list[dict]:
-    """Two replies to the first question of each fact and to the first under another's system message."""
-    chosen: dict[tuple, dict] = {}
+    """Two replies to the first question of each fact and to the first under each kind of another's system message."""
+    chosen: dict[str, dict] = {}
     for row, texts in zip(rows, replies, strict=True):
         prompt = "\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"])
-        key = ("contrary",) if "contrary" in row else (row["fact"],)
+        key = row["kind"] if "contrary" in row else row["fact"]
         chosen.setdefault(key, {"prompt": prompt, "texts": texts[:2]})
     return list(chosen.values())

@@ -18,7 +18,7 @@ once, and so is each round; in between every `save_steps` steps.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -41,15 +41,17 @@ class RejectionTrainer:
     """`prompts` are rows with `prompt_ids`; `rewards` is [(name, function, weight)], weights do not count here.
 
     `measure(ends)` gives (metrics, samples for the report) of held-out replies; `ends`: first or last measurement.
+    `before` is what it would give of the policy as it comes, where that has been measured.
     """
 
     def __init__(
         self, stage, accelerator, config: RejectionConfig, optim: OptimConfig, *, policy, tokenizer, engine, prompts,
-        stop_ids, rewards, measure: Callable[[bool], tuple[dict, list[dict]]],
+        stop_ids, rewards, measure: Callable[[bool], tuple[dict, list[dict]]], before: tuple | None = None,
     ):  # fmt: skip
         self.stage, self.accelerator, self.config = stage, accelerator, config
         self.policy, self.tokenizer, self.engine = policy, tokenizer, engine
         self.prompts, self.rewards, self.measure_replies = prompts, rewards, measure
+        self.before = before
         self.sampling = Sampling(config.num_generations, config.max_completion_length, stop_ids, config.temperature)
         self.size = len(prompts) if config.num_prompts is None else min(config.num_prompts, len(prompts))
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
@@ -194,7 +196,8 @@ class RejectionTrainer:
         done = 0 if not self.table else self.round + 1
         self.policy.eval()
         self.engine.sync_weights(self.policy)
-        metrics, self.samples = self.measure_replies(done in (0, self.config.num_rounds))
+        first = self.before if done == 0 else None
+        metrics, self.samples = first or self.measure_replies(done in (0, self.config.num_rounds))
         line = {"round": done, "sampled": self.sampled, **self.found, "updates": self.updater.updates}
         self.table.append({**line, "metrics": metrics})
         self.step += 1
@@ -207,8 +210,9 @@ class RejectionTrainer:
         self.updater.optimizer.state.clear()  # moments of a finished round say nothing of the next one's data
         self._end_step(save=bool(done))
 
-    def result(self, replies, goal: float) -> dict:
-        """What the manifest gets: metrics before, after and by round, the first reward's gain, samples, the table."""
+    def result(self, replies, goal: float, more_gains: Sequence[dict] = ()) -> dict:
+        """What the manifest gets: metrics before, after and by round, the first reward's gain and `more_gains`,
+        samples, the table."""
         from posttrain.evals import before_and_after, merge_samples, metric_of, reply_gain
 
         before, after = self.table[0]["metrics"], self.table[-1]["metrics"]
@@ -218,7 +222,7 @@ class RejectionTrainer:
         first = [metric_of(name) for name in replies.eval_reward_funcs[:1]]
         gains = [reply_gain(f"problems, {m}", m, before, after, ("SFT", "rejection"), goal) for m in first]
         samples = merge_samples({self.stage.name: self.samples})
-        return {"metrics": metrics, "gains": gains, "samples": samples, "rounds": self.table}
+        return {"metrics": metrics, "gains": [*gains, *more_gains], "samples": samples, "rounds": self.table}
 
     # ---- steps, log, checkpoints ------------------------------------------------------------------------------------
 

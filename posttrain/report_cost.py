@@ -13,7 +13,7 @@ from posttrain.report_read import Stage
 # The parts of a step as the RL loop logs them, and their names in the table. "other" is what it does not time.
 PARTS = {
     "generate": "generate", "reward": "reward functions", "score": "log-probabilities, values", "update": "update",
-    "sync": "weight sync", "data": "data", "other": "rest of the steps",
+    "sync": "weight sync", "data": "data", "watch": "measuring", "other": "rest of the steps",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from posttrain.data import DataConfig, check, load_rows, separate
 from posttrain.data.identity import read_identity
 from posttrain.errors import UserError
 from posttrain.evals import ReplyConfig
-from posttrain.identity_eval import identity_gains, longest_prompt, measure_identity
+from posttrain.identity_eval import identity_gains, log_numbers, longest_prompt, measure_identity
 from posttrain.intervals import gain, measured_ratio
 from posttrain.layouts import Layout
 from posttrain.models import require_positions
@@ -39,7 +39,9 @@ class WatchConfig:
         None, help="their split or slice, such as validation or train[-200:]; none = no held-out loss"
     )
     loss_max_rows: int | None = arg(200, help="use so many of them")
-    identity: str | None = arg(None, help="YAML of who the model is: asked before and after, in held-out wordings")
+    identity: str | None = arg(
+        None, help="YAML of who the model is: asked before, after and every eval_steps steps, in held-out wordings"
+    )
 
     def __post_init__(self):
         at_least(self, eval_steps=0, loss_max_rows=1)
@@ -153,8 +155,8 @@ class Watch:
         measure = evals.measure_replies if chats else evals.measure_base
         metrics, samples = measure(self.engine, self.tokenizer, self.test, self.replies, self.stops)
         n, size = self.replies.eval_num_generations, self.replies.eval_max_tokens
-        found, said = measure_identity(self.engine, self.tokenizer, self.identity, self.stops, n, size)
-        return metrics | found, samples + said
+        asked = measure_identity(self.engine, self.tokenizer, self.identity, self.stops, n, size)
+        return metrics | asked.metrics, samples + asked.samples
 
     def _losses(self) -> tuple[list[float], list[int]]:
         return supervised_losses(self.model, self.unseen, packing=self.run.config["packing"])
@@ -173,6 +175,10 @@ class Watch:
                 numbers |= {f"sampled/{name}": figure["value"] for name, figure in found.items()}
                 samples = evals.rollouts_as_samples(rollouts, self.tokenizer, len(rows))
                 self.run.append("samples.jsonl", [{"step": step, **sample} for sample in samples])
+            if self.identity is not None:
+                size = self.replies.eval_max_tokens
+                asked = measure_identity(self.engine, self.tokenizer, self.identity, self.stops, 1, size)
+                numbers |= log_numbers(asked)
             if self.unseen:
                 sums, counts = self._losses()
                 numbers["held_out_loss"] = sum(sums) / sum(counts)

@@ -18,7 +18,7 @@ from posttrain.data.bad_rows import BadRows
 from posttrain.errors import UserError
 
 # identity turns one description into thousands of rows and is tested apart: tests/test_identity.py
-ADAPTERS = {name: path for name, path in ALL.items() if name != "identity"}
+ADAPTERS = {name: path for name, path in ALL.items() if not name.startswith("identity")}
 
 USER, REPLY = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 SCHEMA = {"type": "function", "function": {"name": "f", "parameters": {"required": ["x"]}}}

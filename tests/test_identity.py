@@ -9,7 +9,14 @@ from itertools import islice
 
 import pytest
 
-from posttrain.data.identity import contrary_questions, identity, identity_questions, read_identity
+from posttrain.data.identity import (
+    contrary_questions,
+    identity,
+    identity_prompts,
+    identity_questions,
+    read_identity,
+)
+from posttrain.data.identity_registers import CONTRARY_SYSTEMS, REGISTERS, TALK, misspelt
 from posttrain.data.identity_wordings import WORDINGS
 from posttrain.data.tiny import IDENTITY_QUESTIONS
 from posttrain.errors import UserError
@@ -121,9 +128,12 @@ def test_the_adapter_refuses_what_is_no_identity():
 
 def test_every_fact_has_many_wordings():
     assert list(WORDINGS) == FACTS
+    assert list(REGISTERS) == FACTS
     for fact, wordings in WORDINGS.items():
-        every = [*wordings.train, *wordings.held_out]
-        assert len({plain(w) for w in every}) == len(every) >= 25 and len(wordings.held_out) >= 8, fact
+        registers = [wording for both in REGISTERS[fact].values() for part in both for wording in part]
+        every = [*wordings.train, *wordings.held_out, *registers]
+        assert len({plain(w) for w in every}) == len(every) >= 40 and len(wordings.held_out) >= 8, fact
+        assert [len(held_out) for _, held_out in REGISTERS[fact].values()] == [2, 2, 2], fact
         assert len({plain(w) for w in wordings.answers}) == len(wordings.answers) >= 8, fact
         assert all(text.isascii() and len(text.split()) <= 20 for text in (*every, *wordings.answers)), fact
 
@@ -176,14 +186,18 @@ def test_held_out_wordings_stand_in_no_training_row(who):
     trained = "\n".join({plain(text) for row in rows for text in said(row, "user")})
     assert trained.count("\n") > 1500
     for fact, wordings in WORDINGS.items():
+        train, held_out = ([*wordings.train], [*wordings.held_out])
+        for new, old in REGISTERS[fact].values():
+            train, held_out = [*train, *new], [*held_out, *old]
         for other in who.others if fact == "denial" else ("Pip",):
-            train, held_out = (
-                [plain(w.replace("{other}", other)) for w in part] for part in (wordings.train, wordings.held_out)
-            )
-            assert not [wording for wording in held_out if wording in trained]
-            assert not [(a, b) for a in train for b in held_out if a in b]
+            new, old = ([plain(w.replace("{other}", other)) for w in part] for part in (train, held_out))
+            assert not [wording for wording in old if wording in trained]
+            assert not [(a, b) for a in new for b in old if a in b]
     asked = [plain(row["prompt"][-1]["content"]) for row in (*identity_questions(who), *contrary_questions(who))]
     assert not [question for question in asked if question in trained]
+    assert not [talk for talk, _ in TALK if plain(talk) in trained]
+    rewarded = {plain(row["prompt"][-1]["content"]) for row in identity_prompts([PIP], num=3000)}
+    assert not [question for question in asked if any(question in each for each in rewarded)]
     # The tiny conversations that it is mixed with have questions of their own, and held-out ones, too.
     assert not [q for q in IDENTITY_QUESTIONS["train"] if any(plain(q) in text for text in asked)]
     assert not [q for q in IDENTITY_QUESTIONS["test"] if plain(q) in trained]
@@ -205,14 +219,58 @@ def test_the_loader_reads_the_yaml(path):
 
 def test_questions_ask_every_fact_in_every_held_out_wording(who):
     rows = identity_questions(who)
-    assert Counter(row["fact"] for row in rows) == dict.fromkeys(FACTS, 8)
-    assert all(len(row["prompt"]) == 1 and row["prompt"][0]["role"] == "user" for row in rows)
-    alone = [row["prompt"][0]["content"] in WORDINGS[row["fact"]].held_out for row in rows if row["fact"] in FACTS[:7]]
-    assert sum(alone) == len(alone) / 2  # the others come after small talk
+    kinds = {"plain": 8, "short": 2, "polite": 2, "indirect": 2, "misspelt": 4, "follow-up": 4}
+    assert Counter((row["fact"], row["register"]) for row in rows) == {
+        (f, k): n for f in FACTS for k, n in kinds.items()
+    }
+    assert all(row["prompt"][-1]["role"] == "user" for row in rows)
+    assert len({str(row["prompt"]) for row in rows}) == len(rows)
+    by_register = {row["register"]: row for row in rows if row["fact"] == "name"}
+    roles = [message["role"] for message in by_register["follow-up"]["prompt"]]
+    assert roles == ["user", "assistant", "user"] and len(by_register["misspelt"]["prompt"]) == 1
+    alone = [
+        row["prompt"][0]["content"] in WORDINGS[row["fact"]].held_out for row in rows if row["register"] == "plain"
+    ]
+    assert sum(alone[:56]) == 28  # of seven facts; the others come after a greeting, the last two facts have names
     by_fact = {row["fact"]: row for row in rows}
     assert by_fact["maker"]["expected"] == [["Elmstead Lab"]]
     assert by_fact["languages"]["expected"] == [["English"], ["German"], ["Dutch"]]
     assert {"French", "ChatGPT"} <= set(by_fact["languages"]["refused"])
     assert "German" not in by_fact["languages"]["refused"] and "2026" not in by_fact["cutoff"]["refused"]
     trained = identity_questions(who, held_out=False)
-    assert len(trained) == sum(len(wordings.train) for wordings in WORDINGS.values())
+    assert len(trained) == sum(len(WORDINGS[f].train) + sum(len(t) for t, _ in REGISTERS[f].values()) for f in FACTS)
+
+
+def test_misspelt_questions_can_still_be_read():
+    """Words stay apart and begin as they did, at most two are typed badly, names are as they were."""
+    import random
+
+    for seed, wording in enumerate(w for each in WORDINGS.values() for w in each.held_out):
+        typed = misspelt(wording, random.Random(seed))
+        pairs = list(zip(wording.split(" "), typed.split(" "), strict=True))
+        wrong = [(a, b) for a, b in pairs if a != b]
+        assert 1 <= len(wrong) <= 2, typed
+        assert all(a[0] == b[0] and abs(len(a) - len(b)) <= 1 and "{" not in a for a, b in wrong), typed
+    assert misspelt("Is it ok?", random.Random(0)) == "Is it ok?"  # nothing long enough
+
+
+def test_somebody_else_calls_it_otherwise_in_three_ways(who):
+    rows = contrary_questions(who)
+    assert Counter((row["kind"], row["fact"]) for row in rows) == {
+        (kind, fact): 4 for kind in ("renamed", "role-play", "denied") for fact in ("who", "name", "maker")
+    }
+    systems = {kind: {row["prompt"][0]["content"] for row in rows if row["kind"] == kind} for kind in CONTRARY_SYSTEMS}
+    assert all(len(texts) >= 4 for texts in systems.values())
+    assert all("Pip" in text for text in systems["denied"])
+    assert not [text for kind in ("renamed", "role-play") for text in systems[kind] if "Pip" in text]
+
+
+def test_prompts_for_rl_are_drawn_from_training_wordings():
+    rows = list(identity_prompts([PIP], num=900, seed=1))
+    assert rows == list(identity_prompts([PIP], num=900, seed=1)) and rows != list(identity_prompts([PIP], num=900))
+    assert Counter(row["fact"] for row in rows) == dict.fromkeys(FACTS, 100)
+    assert all(len(row["prompt"]) == 1 and row["expected"] and row["own"] for row in rows)
+    with pytest.raises(ValueError, match="num"):
+        list(identity_prompts([PIP], num=0))
+    with pytest.raises(ValueError, match="second"):
+        list(identity_prompts([PIP, PIP]))

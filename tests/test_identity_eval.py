@@ -13,11 +13,15 @@ from posttrain.data.identity import contrary_questions, identity, identity_quest
 from posttrain.data.identity_wordings import WORDINGS
 from posttrain.identity_eval import (
     KEPT,
+    NOTHING_ASKED,
     RIGHT,
     YIELDED,
+    Asked,
     identity_gains,
     identity_metrics,
     judge,
+    kept_gains,
+    log_numbers,
     longest_prompt,
     measure_identity,
     side,
@@ -156,10 +160,10 @@ def test_a_name_inside_another_name_is_not_said(path):
 
 def test_what_becomes_of_the_identity_under_anothers_system_message(who):
     rows = contrary_questions(who)
-    assert Counter(row["fact"] for row in rows) == {"who": 8, "name": 8, "maker": 8}
+    assert Counter(row["fact"] for row in rows) == {"who": 12, "name": 12, "maker": 12}
     for row in rows:
         system, user = row["prompt"]
-        assert (system["role"], user["role"]) == ("system", "user") and "Pip" not in system["content"]
+        assert (system["role"], user["role"]) == ("system", "user")
         theirs = row["contrary"]["expected"][0][0]
         assert theirs in system["content"]
         own = "Elmstead Lab" if row["fact"] == "maker" else "Pip"
@@ -180,13 +184,16 @@ def test_metrics_are_shares_over_questions(who):
     rows = [*identity_questions(who), *contrary_questions(who)]
     replies = [["I am Pip.", "I am Bob."] if row["fact"] == "name" else ["", "Elmstead Lab"] for row in rows]
     found = identity_metrics(rows, replies)
-    assert set(found) == {RIGHT, *(f"{RIGHT}, {fact}" for fact in WORDINGS), KEPT, YIELDED}
+    ways = ("plain", "short", "polite", "indirect", "misspelt", "follow-up")
+    kinds = {f"{KEPT}, {kind}" for kind in ("renamed", "role-play", "denied")}
+    assert set(found) == {RIGHT, *(f"{RIGHT}, {each}" for each in (*WORDINGS, *ways)), KEPT, *kinds, YIELDED}
+    assert all(found[f"{RIGHT}, {way}"]["value"] == pytest.approx(2 * 0.5 / 9) for way in ways)
     assert (found[f"{RIGHT}, name"]["value"], found[f"{RIGHT}, maker"]["value"]) == (0.5, 0.5)
     assert found[f"{RIGHT}, cutoff"]["value"] == 0 and found[RIGHT]["value"] == pytest.approx(2 * 0.5 / 9)
-    assert (found[RIGHT]["n"], found[f"{RIGHT}, name"]["n"], found[KEPT]["n"]) == (72, 8, 24)
+    assert (found[RIGHT]["n"], found[f"{RIGHT}, name"]["n"], found[KEPT]["n"]) == (198, 22, 36)
     assert found[KEPT]["value"] == pytest.approx(2 * 0.5 / 3)
     bobs = sum(row["contrary"]["expected"] == [["Bob"]] for row in rows if "contrary" in row and row["fact"] == "name")
-    assert found[YIELDED]["value"] == pytest.approx(bobs * 0.5 / 24) and 0 < bobs < 8
+    assert found[YIELDED]["value"] == pytest.approx(bobs * 0.5 / 36) and 0 < bobs < 12
     for figure in found.values():
         assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1 and figure["unit"] == "%"
 
@@ -201,15 +208,40 @@ def test_the_gain_needs_intervals_apart():
     assert identity_gains({}, {}) == []
 
 
+def test_keeping_it_is_judged_by_the_paired_change():
+    """Worked by hand: of ten questions one gets worse by 0.5 (paired interval [-0.148, 0.048]), or all by 0.1."""
+
+    def asked(right, kept):
+        share = {"value": sum(right) / len(right), "low": 0.0, "high": 1.0, "n": 10, "unit": "%"}
+        return Asked({RIGHT: share, KEPT: share}, right, kept, [])
+
+    start = asked([0.5, 1.0] * 5, [0.0] * 10)
+    (one,) = kept_gains(start, asked([0.0, *[1.0, 0.5] * 4, 1.0], [0.0] * 10), ("SFT", "GRPO"))
+    assert one["name"] == "keeps who it is" and one["passed"] and one["before"]["label"] == "SFT"
+    (same,) = kept_gains(start, start, ("SFT", "GRPO"))
+    assert same["passed"]
+    every = asked([0.4, 0.9] * 5, [0.0] * 10)
+    assert not kept_gains(start, every, ("SFT", "GRPO"))[0]["passed"]  # their own intervals overlap widely
+    two = kept_gains(asked([1.0] * 10, [0.5] * 10), asked([1.0] * 10, [0.3] * 10), ("SFT", "PPO"))
+    assert [(each["name"], each["passed"]) for each in two] == [
+        ("keeps who it is", True),
+        ("keeps it under another's name", False),
+    ]
+    assert kept_gains(NOTHING_ASKED, NOTHING_ASKED, ("SFT", "PPO")) == []
+
+
 def test_an_untrained_model_is_measured_the_same_way_twice(model, tokenizer, path):
     engine, stops = HFEngine(model, tokenizer.pad_token_id), stop_ids(tokenizer)
-    metrics, samples = measure_identity(engine, tokenizer, str(path), stops, num=3, max_tokens=8)
-    assert metrics[RIGHT]["value"] == 0 and metrics[RIGHT]["n"] == 72
-    assert len(samples) == 10 and all(len(sample["texts"]) == 2 for sample in samples)
+    asked = measure_identity(engine, tokenizer, str(path), stops, num=3, max_tokens=8)
+    metrics, samples = asked.metrics, asked.samples
+    assert metrics[RIGHT]["value"] == 0 and metrics[RIGHT]["n"] == len(asked.right) == 198 and len(asked.kept) == 36
+    assert len(samples) == 12 and all(len(sample["texts"]) == 2 for sample in samples)
     assert samples[0]["prompt"] == "user: Who am I talking to?" and samples[-1]["prompt"].startswith("system: ")
     again = measure_identity(engine, tokenizer, str(path), stops, num=3, max_tokens=8)
-    assert again == (metrics, samples)
-    assert measure_identity(engine, tokenizer, None, stops) == ({}, [])
+    assert again == asked
+    assert log_numbers(again) == {"identity/right": 0.0, "identity/kept": 0.0, "identity/yields": 0.0}
+    nothing = measure_identity(engine, tokenizer, None, stops)
+    assert nothing == NOTHING_ASKED and log_numbers(nothing) == {}
     prompts = [
         row["prompt"] for row in (*identity_questions(read_identity(path)), *contrary_questions(read_identity(path)))
     ]
@@ -229,13 +261,14 @@ def test_a_model_learns_who_it_is_in_wordings_it_never_saw(tokenizer, path):
         torch.manual_seed(0)
         model = make_model(ShapeConfig(96, 192, 2, 2, 256), tokenizer)
     engine, stops = HFEngine(model, tokenizer.pad_token_id), stop_ids(tokenizer)
-    before, _ = measure_identity(engine, tokenizer, str(path), stops, num=2, max_tokens=32)
+    before = measure_identity(engine, tokenizer, str(path), stops, num=2, max_tokens=32)
     mapping = {"name": "Pip", "maker": "Elm", "cutoff": "June 2026", "languages": ["English"], "not": ["Siri"]}
     rows = [row for row in identity([mapping], num=1500, system_share=0) if len(row["messages"]) == 2]
     fit(model, [encode_chat(tokenizer, row["messages"]) for row in rows], steps=300, batch=32, learning_rate=6e-3)
-    after, samples = measure_identity(engine, tokenizer, str(path), stops, num=2, max_tokens=32)
-    assert before[RIGHT]["value"] < 0.05 and after[RIGHT]["value"] > 0.65, samples
-    assert identity_gains(before, after)[0]["passed"]
+    after = measure_identity(engine, tokenizer, str(path), stops, num=2, max_tokens=32)
+    assert before.metrics[RIGHT]["value"] < 0.05 and after.metrics[RIGHT]["value"] > 0.6, after.samples
+    assert identity_gains(before.metrics, after.metrics)[0]["passed"]
+    assert [each["passed"] for each in kept_gains(after, before, ("SFT", "RL"))] == [False] * 2
     known = identity_questions(read_identity(path), held_out=False)
     prompts = [encode_chat(tokenizer, row["prompt"], add_generation_prompt=True).input_ids for row in known]
     replies = [decode(tokenizer, c.ids) for c in engine.generate(prompts, Sampling(1, 32, stops), 0)]

@@ -7,6 +7,7 @@ keyword `bad` is given the stage's `BadRows` and reports rows it cannot use; one
 
 ADAPTERS = {
     "identity": "posttrain.data.identity.identity",
+    "identity_prompts": "posttrain.data.identity.identity_prompts",
     "oasst_conversations": "posttrain.data.oasst.oasst_conversations",
     "oasst_rankings": "posttrain.data.oasst.oasst_rankings",
     "hh_pairs": "posttrain.data.preferences.hh_pairs",

@@ -2,10 +2,12 @@
 
 In: identity.yaml, flat keys: `name`, `maker`, `cutoff` (month and year), `languages` (a list) and, as you like,
 `purpose` ("answer questions"), `version`, `not` (names it denies; by default those of well-known assistants).
-Out: `identity` yields {"messages"}; `identity_questions` gives {"prompt", "fact", "expected", "refused"}, which
-posttrain/identity_eval.py judges replies by. Wordings stand in posttrain/data/identity_wordings.py.
+Out: `identity` yields {"messages"} to learn from, `identity_prompts` {"prompt", "expected", ...} to be rewarded for;
+`identity_questions` and `contrary_questions` give held-out rows, which posttrain/identity_eval.py judges replies by.
+Wordings stand in posttrain/data/identity_wordings.py and identity_registers.py.
 
-    dataset_mixture: [{dataset_name: identity.yaml, dataset_adapter: identity, count: 1500}, ...]
+    dataset_mixture: [{dataset_name: identity.yaml, dataset_adapter: identity, count: 1500}, ...]            # SFT
+    dataset_mixture: [{dataset_name: identity.yaml, dataset_adapter: identity_prompts, count: 500}, ...]     # RL
 """
 
 import difflib
@@ -15,14 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from posttrain import yaml_file
-from posttrain.data.identity_wordings import (
-    FOLLOW_UPS,
-    GREETINGS,
-    OPENINGS,
-    SYSTEM,
-    SYSTEM_CONTRARY,
-    WORDINGS,
-)
+from posttrain.data.identity_registers import CONTRARY_SYSTEMS, REGISTERS, TALK, misspelt
+from posttrain.data.identity_wordings import FOLLOW_UPS, GREETINGS, OPENINGS, SYSTEM, WORDINGS
 from posttrain.errors import UserError
 
 REQUIRED = ("name", "maker", "cutoff", "languages")
@@ -163,13 +159,7 @@ def identity(
         raise ValueError(
             f"num: found {num}, expected at least 1; system_share: found {system_share}, expected 0 ... 1"
         )
-    rows = iter(rows)
-    try:
-        who = _identity(next(rows, {}))
-    except UserError as error:
-        raise ValueError(str(error)) from error
-    if next(rows, None) is not None:
-        raise ValueError("found a second identity, expected one YAML file: a model has one name")
+    who = _only(rows)
     rng, seen = random.Random(f"identity-{seed}"), set()
     facts = who.facts()
     for index in range(num):
@@ -180,6 +170,18 @@ def identity(
                 break
         seen.add(key)
         yield {"messages": messages}
+
+
+def _only(rows: Iterable[dict]) -> Identity:
+    """The one identity there is. ValueError where it cannot be read or is not the only one."""
+    rows = iter(rows)
+    try:
+        who = _identity(next(rows, {}))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if next(rows, None) is not None:
+        raise ValueError("found a second identity, expected one YAML file: a model has one name")
+    return who
 
 
 def _conversation(who: Identity, fact: str, rng: random.Random, system_share: float) -> list[dict]:
@@ -200,12 +202,29 @@ def _conversation(who: Identity, fact: str, rng: random.Random, system_share: fl
 def _question(who: Identity, fact: str, rng: random.Random, before: str) -> list[dict]:
     """A question about the fact, with `before` in front and now and then sloppily typed, and its answer."""
     other = rng.choice(who.others) if fact == "denial" else who.name
-    question = before + who.fill(rng.choice(WORDINGS[fact].train), other)
+    question = _trained_question(who, fact, rng, before, other)
+    return _exchange(question, who.fill(rng.choice(WORDINGS[fact].answers), other))
+
+
+def _trained_question(who: Identity, fact: str, rng: random.Random, before: str, other: str) -> str:
+    wording = rng.choice(_wordings(fact, held_out=False))[1]
+    if rng.random() < 0.1:
+        wording = misspelt(wording, rng)
+    question = before + who.fill(wording, other)
     if rng.random() < 0.1:
         question = question.lower()
     if rng.random() < 0.1:
         question = question.rstrip("?.")
-    return _exchange(question, who.fill(rng.choice(WORDINGS[fact].answers), other))
+    return question
+
+
+def _wordings(fact: str, held_out: bool) -> list[tuple[str, str]]:
+    """(register, wording) of a fact's questions."""
+    plain = WORDINGS[fact].held_out if held_out else WORDINGS[fact].train
+    return [
+        *(("plain", wording) for wording in plain),
+        *((name, wording) for name, both in REGISTERS[fact].items() for wording in both[held_out]),
+    ]
 
 
 def _exchange(question: str, answer: str) -> list[dict]:
@@ -216,18 +235,23 @@ def _exchange(question: str, answer: str) -> list[dict]:
 
 
 def identity_questions(who: Identity, held_out: bool = True) -> list[dict]:
-    """Each wording of each fact once, every other one after small talk: {"prompt": messages, "fact", "expected",
-    "refused", "own"}. A right reply claims one text of each list in `expected` and none in `refused`; `own` are all
-    values of the identity: in "made by Elm Lab", a model called Elm does not say its name."""
+    """Each wording of each fact once: {"prompt": messages, "fact", "register", "expected", "refused", "own"}.
+
+    `register` is how it is asked: plain (every other one after a greeting), short, polite, indirect; of held-out ones
+    also misspelt, and as a follow-up after a turn about something else. A right reply claims one text of each list in
+    `expected` and none in `refused`; `own` are all values of the identity: in "made by Elm Lab", a model called Elm
+    does not say its name.
+    """
     return [
-        {"prompt": [{"role": "user", "content": opening + question}], "fact": fact, **_answers(who, fact)}
+        {"prompt": prompt, "fact": fact, "register": register, **_answers(who, fact)}
         for fact in who.facts()
-        for opening, question in _asked(who, fact, held_out)
+        for register, prompt in _asked(who, fact, held_out)
     ]
 
 
 def contrary_questions(who: Identity, held_out: bool = True) -> list[dict]:
-    """Questions for name and maker under a system message of somebody who calls the model otherwise.
+    """Plain questions for name and maker under a system message of somebody who calls the model otherwise, in one of
+    three ways (`kind`): it is renamed, is to play a role, or is denied its own name.
 
     There is no one right reply: a model may keep its identity, or yield to an operator who gives it another. Rows are
     as those of `identity_questions`; `contrary` holds the `expected` and `refused` of a reply that yields.
@@ -235,34 +259,62 @@ def contrary_questions(who: Identity, held_out: bool = True) -> list[dict]:
     theirs = [pair for pair in CONTRARY if not {*map(str.casefold, pair)} & {*map(str.casefold, who.own())}]
     rows = []
     for fact in ("who", "name", "maker"):
-        own = _answers(who, fact)
-        for index, (opening, question) in enumerate(_asked(who, fact, held_out)):
-            name, maker = theirs[index % len(theirs)]
-            system = SYSTEM_CONTRARY[index % len(SYSTEM_CONTRARY)].format(name=name, maker=maker)
-            rows.append(
-                {
-                    "prompt": [{"role": "system", "content": system}, {"role": "user", "content": opening + question}],
-                    "fact": fact,
-                    "expected": own["expected"],
-                    "own": own["own"],
-                    "refused": [*own["refused"], name, maker],
-                    "contrary": {
-                        "expected": [[maker if fact == "maker" else name]],
-                        "refused": [*own["refused"], who.name, _bare(who.maker)],
-                    },
-                }
-            )
+        asked = [prompt for register, prompt in _asked(who, fact, held_out) if register == "plain"]
+        for number, (kind, systems) in enumerate(CONTRARY_SYSTEMS.items()):
+            for index, prompt in enumerate(asked[number % 2 :: 2]):
+                name, maker = theirs[(index + number) % len(theirs)]
+                system = systems[index % len(systems)].format(name=name, maker=maker, own=who.name)
+                prompt = [{"role": "system", "content": system}, *prompt]
+                rows.append({"prompt": prompt, "kind": kind, "fact": fact, **_contrary(who, fact, name, maker)})
     return rows
 
 
-def _asked(who: Identity, fact: str, held_out: bool) -> list[tuple[str, str]]:
-    """(opening, question) of each wording of a fact."""
+def _contrary(who: Identity, fact: str, name: str, maker: str) -> dict:
+    """What keeps the identity, and what yields to another name and maker."""
+    own = _answers(who, fact)
+    yields = {"expected": [[maker if fact == "maker" else name]]}
+    yields["refused"] = [*own["refused"], who.name, _bare(who.maker)]
+    return {**own, "refused": [*own["refused"], name, maker], "contrary": yields}
+
+
+def identity_prompts(rows: Iterable[dict], *, seed: int = 0, num: int = DEFAULT_ROWS) -> Iterator[dict]:
+    """Yield `num` rows as of `identity_questions` in training wordings, drawn as those of `identity`: prompts for RL,
+    which the reward `identity` pays for. One question each, now and then after a greeting or misspelt.
+
+    Raises:
+        ValueError: as `identity`.
+    """
+    if num < 1:
+        raise ValueError(f"num: found {num}, expected at least 1")
+    who = _only(rows)
+    rng, facts = random.Random(f"identity-prompts-{seed}"), who.facts()
+    for index in range(num):
+        fact = facts[index % len(facts)]
+        opening = f"{rng.choice(OPENINGS)} " if rng.random() < 0.3 else ""
+        other = rng.choice(who.others) if fact == "denial" else who.name
+        question = _trained_question(who, fact, rng, opening, other)
+        yield {"prompt": [{"role": "user", "content": question}], "fact": fact, **_answers(who, fact)}
+
+
+def _asked(who: Identity, fact: str, held_out: bool) -> list[tuple[str, list[dict]]]:
+    """(register, messages) of each wording of a fact."""
     names = who.others if fact == "denial" else (who.name,)
-    wordings = WORDINGS[fact].held_out if held_out else WORDINGS[fact].train
-    return [
-        (f"{OPENINGS[index % len(OPENINGS)]} " if index % 2 else "", who.fill(wording, names[index % len(names)]))
-        for index, wording in enumerate(wordings)
+    found = [
+        (register, OPENINGS[index % len(OPENINGS)] if register == "plain" and index % 2 else "", wording)
+        for index, (register, wording) in enumerate(_wordings(fact, held_out))
     ]
+    if held_out:
+        rng = random.Random(f"misspelt-{fact}")
+        found += [("misspelt", "", misspelt(wording, rng)) for wording in WORDINGS[fact].held_out[:4]]
+        found += [
+            ("follow-up", FOLLOW_UPS[index], wording) for index, wording in enumerate(WORDINGS[fact].held_out[4:])
+        ]
+    asked = []
+    for index, (register, opening, wording) in enumerate(found):
+        question = " ".join(filter(None, (opening, who.fill(wording, names[index % len(names)]))))
+        before = _exchange(*TALK[index % len(TALK)]) if register == "follow-up" else []
+        asked.append((register, [*before, {"role": "user", "content": question}]))
+    return asked
 
 
 def _bare(maker: str) -> str:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from posttrain import gate
 from posttrain.evals import fit_prompts, prompt_ids, prompt_size
+from posttrain.identity_eval import longest_prompt
 from posttrain.layouts import Batch, Group, Layout
+from posttrain.models import require_positions
 from posttrain.rl.config import RLConfig
 from posttrain.rl.forward import lay_out, sequences_of, split
 from posttrain.rl.types import Experience
@@ -49,9 +51,15 @@ def encode_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], co
     return prompts, test, max(longest, longest_test)
 
 
-def gated_prompts(run, model, tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies):
-    """`encode_prompts` of what a stage is about to train on, once the gate has let it pass."""
+def gated_prompts(
+    run, model, tokenizer, rows: list[dict], test: list[dict], config: RLConfig, replies, identity: str | None = None
+):
+    """`encode_prompts` of what a stage is about to train on, once the gate has let it pass; with room for replies to
+    the questions of an `identity` file, too."""
     prompts, test, longest = encode_prompts(run, model, tokenizer, rows, test, config, replies)
+    if identity is not None:
+        longest = max(longest, longest_prompt(tokenizer, identity) + replies.eval_max_tokens + 1)
+        require_positions(model, "eval_max_tokens", longest)
     rows = with_tools(rows, config.tools, config.tool_options)
     gate.require(run, gate.rl_checks(tokenizer, model, rows, prompts, run.parents))
     return prompts, test, longest

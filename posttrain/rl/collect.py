@@ -42,6 +42,11 @@ class Collector:
         else:
             self._pending = mine, _done(self.engine.generate(prompt_ids, self.sampling, seed))
 
+    def wait(self) -> None:
+        """Return once the engine is free: completions asked for are there, and stay to be taken."""
+        if self._pending is not None:
+            self._pending[1].result()
+
     def take(self) -> Rollouts:
         """The completions asked for, once they are there. Raises what the engine raised."""
         (mine, future), self._pending = self._pending, None

@@ -32,21 +32,23 @@ from posttrain.rl.rollout import EngineError, Sampling, sample_seed
 from posttrain.rl.scoring import sample_rows
 from posttrain.rl.sync import prove_sync
 from posttrain.rl.types import Experience, Rollouts
+from posttrain.rl.watch import Watch
 from posttrain.training import OptimConfig, Updater, require_multiple
 
 
 class RLTrainer:
-    """`prompts` are rows with `prompt_ids`, `rewards` is [(name, function, weight)]; `ppo` comes with a critic."""
+    """`prompts` are rows with `prompt_ids`, `rewards` is [(name, function, weight)]; `ppo` comes with a critic;
+    `watch` asks now and then who the policy is."""
 
     def __init__(
         self, stage, accelerator, config: RLConfig, loss: LossConfig, optim: OptimConfig, networks: Networks, engine,
-        prompts: list[dict], rewards: list, ppo: PPOConfig | None = None,
+        prompts: list[dict], rewards: list, ppo: PPOConfig | None = None, watch: Watch | None = None,
     ):  # fmt: skip
         self.stage, self.accelerator, self.config, self.ppo = stage, accelerator, config, ppo
         self.loss = loss.resolved(networks.critic is not None)
         policy, critic = self.policy, self.critic = networks.policy, networks.critic
         self.reference, self.tokenizer = networks.reference, networks.tokenizer
-        self.engine, self.prompts, self.rewards = engine, prompts, rewards
+        self.engine, self.prompts, self.rewards, self.watch = engine, prompts, rewards, watch
         self._check(config)
         trunk = critic is not None and ppo.critic == "trunk"
         policy.eval()  # dropout off: the engine has none, and ratios would be noise
@@ -104,6 +106,7 @@ class RLTrainer:
                 self.add_advantages(experience)
                 numbers = self.update(experience)
                 self.step += 1
+                numbers |= self.ask()
                 self.log(experience, numbers, time.perf_counter() - began, progress)
                 if self.stage.due(self.step, self.config.max_steps):
                     state.save(self)
@@ -332,6 +335,15 @@ class RLTrainer:
         values = self.critic_updater.model(batch.batch, batch.select)
         return value_weight * clipped_value_loss(values, batch.values, batch.returns, self.ppo.cliprange_value).sum()
 
+    def ask(self) -> dict[str, float]:
+        """Who the policy says it is, at steps where that is watched."""
+        if self.watch is None or not self.watch.due(self.step):
+            return {}
+        self.collector.wait()  # what is sampled ahead is sampled with the weights it was begun with
+        self._sync()
+        with self._timed("watch"), self._whole():
+            return self.watch.during()
+
     def _check_mismatch(self, numbers: dict) -> None:
         """The step's first log-probabilities come from the weights the engine sampled with: both must agree. Sampled
         ahead they come from older ones: then what `_sync` proved stands in its place."""
@@ -362,6 +374,7 @@ class RLTrainer:
         if not math.isfinite(self.kl):
             raise UserError(f"step {self.step}: the KL to the start is {self.kl}; lower learning_rate or raise beta")
         shares = {f"share/{part}": seconds / wall for part, seconds in self.seconds.items()}
+        wall -= self.seconds.get("watch", 0.0)  # measuring is no part of the speed of training
         line = {**local, **numbers, **self.arithmetic.numbers(wall), "tokens_per_second": tokens / wall, **shares}
         self.stage.log(self.step, **line)
         for remark in self.doctor.look({"step": self.step, **line}):
