@@ -20,6 +20,7 @@ from posttrain.rewards.code import code_reward
 from posttrain.rewards.format import format_reward
 from posttrain.rewards.guard import Thread
 from posttrain.rewards.honest import honest, informs, stated
+from posttrain.rewards.identity import identity
 from posttrain.rewards.judge import judge_reward
 from posttrain.rewards.language import language_reward
 from posttrain.rewards.length import length_reward, overlong_reward
@@ -45,6 +46,7 @@ REWARDS: dict[str, RewardFn] = {
     "honest": honest,
     "stated": stated,
     "informs": informs,
+    "identity": identity,
     "tiny_utility": utility_reward,
 }
 FACTS = {"answer": [], "others": []}
