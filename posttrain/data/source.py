@@ -46,19 +46,19 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
 
 
 def _tiny(config: DataConfig, split: str, seed: int) -> Source:
-    from posttrain.data import tiny
+    from posttrain.data import tiny, tiny_tools
 
     kind, seed = config.dataset_config, seed if config.dataset_seed is None else config.dataset_seed
-    if kind not in tiny.KINDS:
-        raise UserError(
-            f"dataset_config: found {kind!r}, expected one of {', '.join(tiny.KINDS)} for dataset_name tiny"
-        )
+    kinds = (*tiny.KINDS, *tiny_tools.KINDS)
+    if kind not in kinds:
+        raise UserError(f"dataset_config: found {kind!r}, expected one of {', '.join(kinds)} for dataset_name tiny")
     if split not in ("train", "test"):
         raise UserError(f"split: found {split!r}, expected train or test for dataset_name tiny")
     prefix = f"tiny ({kind}), split {split}, row "
 
     def rows(bad):
-        made = tiny.rows(kind, split, config.max_rows, seed)
+        world = tiny_tools if kind in tiny_tools.KINDS else tiny
+        made = world.rows(kind, split, config.max_rows, seed)
         return (((prefix, number), row) for number, row in enumerate(made))
 
     return Source("tiny", rows, {"tiny": [kind, split, config.max_rows, seed]})

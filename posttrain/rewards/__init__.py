@@ -29,6 +29,7 @@ from posttrain.rewards.model_by_name import model_reward
 from posttrain.rewards.model_by_name import reward_parents as reward_parents
 from posttrain.rewards.options import bind
 from posttrain.rewards.repetition import repetition_reward
+from posttrain.rewards.tool_use import answered, call_cost
 
 RewardFn = Callable[..., list[float | None]]
 
@@ -46,6 +47,8 @@ REWARDS: dict[str, RewardFn] = {
     "honest": honest,
     "stated": stated,
     "informs": informs,
+    "answered": answered,
+    "call_cost": call_cost,
     "identity": identity,
     "tiny_utility": utility_reward,
 }

@@ -13,7 +13,7 @@ from posttrain.errors import UserError
 from posttrain.lookup import nearest
 
 CONTRACT = ("prompts", "completions", "completion_ids")
-COLUMNS = ("prompt_ids", "completion_mask")  # of every batch; some rewards do without them
+COLUMNS = ("prompt_ids", "completion_mask", "turns", "calls")  # of every batch; some rewards do without them
 
 
 def options_of(function) -> dict:

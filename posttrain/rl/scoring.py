@@ -5,10 +5,11 @@ import torch
 from posttrain.chat import decode, stop_ids
 from posttrain.errors import UserError
 from posttrain.rewards.calls import run_rewards
+from posttrain.rewards.text import own_tokens
 from posttrain.rl.types import Experience, Rollouts
 
 # A data row's columns may not take the place of these.
-OURS = ("prompt", "prompts", "completions", "completion_ids", "completion_mask", "prompt_ids")
+OURS = ("prompt", "prompts", "completions", "completion_ids", "completion_mask", "prompt_ids", "turns", "calls")
 
 
 def call_rewards(
@@ -17,10 +18,12 @@ def call_rewards(
     """name -> N rewards. A function gets TRL's arguments: prompts, completions, completion_ids, and the rows' columns.
 
     Two more columns are for functions that read tokens: `prompt_ids`, and `completion_mask`, 0 where a token is a
-    tool's and not the model's; the text of a completion holds both. `timeout`: seconds for each function. Raises
+    tool's and not the model's; the text of a completion holds both. Two are for replies with tools: `turns`, the texts
+    of the model's own turns, and `calls`, how many were answered. `timeout`: seconds for each function. Raises
     UserError as `rewards.calls.run_rewards` does.
     """
     stops = stop_ids(tokenizer)
+    own = own_tokens([c.ids for c in rollouts.completions], _masks(rollouts))
     names = dict.fromkeys(key for row in rollouts.rows for key in row if key not in OURS)
     arguments = {
         "prompts": [row.get("prompt") for row in rollouts.rows],
@@ -28,9 +31,15 @@ def call_rewards(
         "completion_ids": [c.ids for c in rollouts.completions],
         **{key: [row.get(key) for row in rollouts.rows] for key in names},
         "prompt_ids": rollouts.prompt_ids,
-        "completion_mask": [[1] * len(c.ids) if c.mask is None else c.mask for c in rollouts.completions],
+        "completion_mask": _masks(rollouts),
+        "turns": [[decode(tokenizer, ids, stops) for ids in turns] for turns in own],
+        "calls": [c.calls or 0 for c in rollouts.completions],
     }
     return run_rewards(rewards, arguments, [_row(rollouts, i) for i in range(len(rollouts.rows))], timeout)
+
+
+def _masks(rollouts: Rollouts) -> list[list[int]]:
+    return [[1] * len(c.ids) if c.mask is None else c.mask for c in rollouts.completions]
 
 
 def _row(rollouts: Rollouts, index: int) -> int:

@@ -1,0 +1,200 @@
+"""The embedded world `tiny` with tools: what to look up, what to work out by a tool, and what needs none.
+
+In: a kind, a split, a seed. Out: rows. Use in a config: `dataset_name: tiny`, `dataset_config: tool_conversations`.
+
+- `library`: {"text"}, a page on each person of the world and on each stranger. No document of pretraining speaks of
+  the strangers, so a model can only look them up. recipes/library.py writes them to a folder for the tool `search`.
+- `tool_conversations`: {"messages", "tools"}. Labellers differ: half of each kind of question is answered by a call,
+  half at once; where no tools are told (WITHOUT of the rows, no column `tools`), all are answered at once.
+- `tool_problems`: {"prompt", "answer", "others", "kind"} for RL and evaluation (posttrain/suite_tools.py).
+
+The kinds of questions, in equal shares: `fact` (the people most is written about), `rare fact` (the others),
+`stranger`, `sum` of two digits, `long sum` of three to five digits, `letters` (how often a letter stands in a word).
+Facts that these conversations state, those of the problems to train on and the held-out ones are three different
+sets: a policy trained on what SFT has just taught it would find itself surer than it is.
+"""
+
+import random
+
+from posttrain.data import tiny
+from posttrain.data.tiny_world import (
+    ATTRIBUTES,
+    DISHES,
+    JOBS,
+    PETS,
+    SECOND,
+    Person,
+    World,
+    fact_sentence,
+    make_world,
+    steps_of_sum,
+)
+
+KINDS = ("library", "tool_conversations", "tool_problems")
+DEFAULT_ROWS = {
+    "library": {"train": None, "test": None},
+    "tool_conversations": {"train": 20_000, "test": 600},
+    "tool_problems": {"train": 4_000, "test": 300},
+}
+QUESTIONS = ("fact", "rare fact", "stranger", "sum", "long sum", "letters")
+TOOL_OF = {
+    "fact": "search", "rare fact": "search", "stranger": "search", "sum": "calculator", "long sum": "calculator",
+    "letters": "python",
+}  # fmt: skip
+FAMOUS = 20  # of the people, by how much is written about them: 70 % of all that is written
+ANY = {"search": {"url": "http://localhost"}}  # only the tools' schemas are asked for, which no option changes
+WITHOUT = 0.2  # share of conversations without tools
+LETTERS = ("How often is the letter {letter} in '{word}'?", "How many times is there a letter {letter} in '{word}'?")
+
+
+def rows(kind: str, split: str, num: int | None, seed: int):
+    """Yield `num` rows (None: the kind's default number) of a kind and split of the world of `seed`."""
+    world = make_world(seed)
+    num = DEFAULT_ROWS[kind][split] if num is None else num
+    if kind == "library":
+        return ({"text": page(person)} for person in everybody(world, seed)[:num])
+    return (conversations if kind == "tool_conversations" else problems)(world, split, num, seed)
+
+
+# ---- the library ----------------------------------------------------------------------------------------------------
+
+
+def everybody(world: World, seed: int) -> list[Person]:
+    """The people, then the strangers with facts of their own, drawn by the seed; `weight` 0: nothing is written."""
+    rng, towns = random.Random(f"strangers-{seed}"), [town[0] for town in world.towns]
+    facts = ((rng.choice(towns), rng.choice(JOBS), rng.choice(PETS), rng.choice(DISHES)) for _ in world.strangers)
+    return [*world.people, *(Person(name, *each, weight=0) for name, each in zip(world.strangers, facts, strict=True))]
+
+
+def page(person: Person) -> str:
+    """All that the library says of somebody."""
+    return " ".join(fact_sentence(person, attribute) for attribute in ATTRIBUTES)
+
+
+# ---- questions ------------------------------------------------------------------------------------------------------
+
+
+class Asker:
+    """Draws questions of one split. A task is a dict: `kind`, `question`, `answer`, `others` (wrong values of the same
+    kind; None for what is worked out), `argument` (of the call that answers it), `result` (what the tool says), `said`
+    (the reply after a call), `at_once` (a labeller's reply without one, right or not)."""
+
+    def __init__(self, world: World, split: str, seed: int, rng: random.Random, *, taught: bool):
+        """`taught`: of the training facts those that conversations state, else those of the problems."""
+        self.rng, self.split, self.sums = rng, split, tiny.sums(split)
+        part = "test" if split == "test" else "taught" if taught else "problems"
+        known = [(p, a) for p in world.people for a in ATTRIBUTES if part_of(p, a) == part]
+        famous = {person.name for person in world.people[:FAMOUS]}
+        unheard = set(tiny.strangers(world, split))
+        self.facts = {
+            "fact": [(p, a) for p, a in known if p.name in famous],
+            "rare fact": [(p, a) for p, a in known if p.name not in famous],
+            "stranger": [(p, a) for p in everybody(world, seed) if p.name in unheard for a in ATTRIBUTES],
+        }
+        self.values = {"town": [town[0] for town in world.towns], "job": JOBS, "pet": PETS, "dish": DISHES}
+
+    def draw(self, kind: str) -> dict:
+        if kind in self.facts:
+            task = self.fact(kind)
+        else:
+            task = {"sum": self.sum, "long sum": self.long_sum, "letters": self.letters}[kind]()
+        return {"kind": kind, "tool": TOOL_OF[kind], **task}
+
+    def fact(self, kind: str) -> dict:
+        person, attribute = self.rng.choice(self.facts[kind])
+        answer, said = getattr(person, attribute), fact_sentence(person, attribute)
+        return {
+            "question": self.rng.choice(tiny.FACT_QUESTIONS[attribute]).format(name=person.name),
+            "answer": answer, "others": [value for value in self.values[attribute] if value != answer],
+            "argument": person.name, "result": page(person), "said": said,
+            "at_once": tiny.UNKNOWN.format(name=person.name) if kind == "stranger" else said,
+        }  # fmt: skip
+
+    def sum(self) -> dict:
+        a, b = self.rng.choice(self.sums)
+        return self._addition(a, b, f"{steps_of_sum(a, b)} The answer is {a + b}.")
+
+    def long_sum(self) -> dict:
+        while True:
+            a, b = (self.rng.randrange(10 ** (n - 1), 10**n) for n in (self.rng.randint(3, 5), self.rng.randint(3, 5)))
+            if self._is_mine(f"sum {min(a, b)} {max(a, b)}"):
+                return self._addition(a, b, f"The answer is {a + b + self._slip((-100, -10, -1, 1, 10, 100))}.")
+
+    def _addition(self, a: int, b: int, at_once: str) -> dict:
+        question = self.rng.choice(tiny.SUM_QUESTIONS).format(a=a, b=b)
+        return _worked(question, str(a + b), f"{a}+{b}", at_once)
+
+    def letters(self) -> dict:
+        """A word of three to five syllables that no document has, and a letter in it; often more than once."""
+        while True:
+            word = "".join(self.rng.choice(SECOND) for _ in range(self.rng.randint(3, 5)))
+            if self._is_mine(f"word {word}"):
+                break
+        count = self.rng.choice(sorted({word.count(letter) for letter in word}))
+        letter = self.rng.choice([letter for letter in sorted(set(word)) if word.count(letter) == count])
+        question = self.rng.choice(LETTERS).format(letter=letter, word=word)
+        at_once = f"The answer is {max(0, count + self._slip((-1, 1)))}."
+        return _worked(question, str(count), f"'{word}'.count('{letter}')", at_once)
+
+    def _is_mine(self, key: str) -> bool:
+        return tiny.in_test(key) == (self.split == "test")
+
+    def _slip(self, errors: tuple[int, ...]) -> int:
+        """0, or what somebody is off by who answers at once."""
+        return self.rng.choice(errors) if self.rng.random() < tiny.SLIPS else 0
+
+
+def part_of(person: Person, attribute: str) -> str:
+    """Who may ask for a fact: by hash, a third each."""
+    key = f"tools {person.name} {attribute}"
+    return "test" if tiny.in_test(key, 1 / 3) else "taught" if tiny.in_test(key, 2 / 3) else "problems"
+
+
+def _worked(question: str, answer: str, argument: str, at_once: str) -> dict:
+    said = f"The answer is {answer}."
+    return {
+        "question": question, "answer": answer, "others": None, "argument": argument, "result": answer, "said": said,
+        "at_once": at_once,
+    }  # fmt: skip
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def conversations(world: World, split: str, num: int, seed: int):
+    """Yield `{"messages", "tools"}` of one exchange each, or `{"messages"}` without tools."""
+    from posttrain.tools import load_tools, schemas
+
+    rng = random.Random(f"tool_conversations-{split}-{seed}")
+    asker, told = Asker(world, split, seed, rng, taught=True), schemas(load_tools(sorted(set(TOOL_OF.values())), ANY))
+    keys = {tool["function"]["name"]: next(iter(tool["function"]["parameters"]["properties"])) for tool in told}
+    for _ in range(num):
+        task = asker.draw(rng.choice(QUESTIONS))
+        messages = [{"role": "user", "content": task["question"]}]
+        tools = rng.random() >= WITHOUT
+        if tools and rng.random() < 0.5:
+            call = {"name": task["tool"], "arguments": {keys[task["tool"]]: task["argument"]}}
+            messages += [
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+                {"role": "tool", "name": task["tool"], "content": task["result"]},
+                {"role": "assistant", "content": task["said"]},
+            ]
+        else:
+            messages.append({"role": "assistant", "content": task["at_once"]})
+        yield {"messages": messages, "tools": told} if tools else {"messages": messages}
+
+
+def problems(world: World, split: str, num: int, seed: int):
+    """Yield `{"prompt", "answer", "others", "kind"}`: the kinds in turn, a question once while new ones last."""
+    rng = random.Random(f"tool_problems-{split}-{seed}")
+    asker, seen = Asker(world, split, seed, rng, taught=False), set()
+    for index in range(num):
+        kind = QUESTIONS[index % len(QUESTIONS)]
+        task = asker.draw(kind)
+        for _ in range(20):  # tries to find a question not asked yet
+            if task["question"] not in seen:
+                break
+            task = asker.draw(kind)
+        seen.add(task["question"])
+        prompt = [{"role": "user", "content": task["question"]}]
+        yield {"prompt": prompt, "answer": task["answer"], "others": task["others"], "kind": kind}
