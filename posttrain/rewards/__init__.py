@@ -47,9 +47,9 @@ REWARDS: dict[str, RewardFn] = {
     "honest": honest,
     "stated": stated,
     "informs": informs,
+    "identity": identity,
     "answered": answered,
     "call_cost": call_cost,
-    "identity": identity,
     "tiny_utility": utility_reward,
 }
 FACTS = {"answer": [], "others": []}
