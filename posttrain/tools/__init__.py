@@ -20,11 +20,12 @@ from posttrain.errors import UserError
 from posttrain.lookup import function_by_name, nearest
 from posttrain.sandbox import sandbox_obstacle
 from posttrain.tools.calculator import calculator
+from posttrain.tools.mcp import McpOptions, mcp_tools
 from posttrain.tools.python import python
 from posttrain.tools.search import SearchOptions, search_tool
 
 TOOLS: dict[str, Callable] = {"calculator": calculator, "python": python}
-OPTIONS = {"search": SearchOptions}  # tools that are made of options
+MCP = "mcp:"  # begins the name of a server
 KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict}
 
 
@@ -67,7 +68,11 @@ class Tool:
             inspect.signature(self.function).bind(**arguments)
         except TypeError as error:
             return f"{self.name}: {error}"
-        for key, schema in self.schema["function"]["parameters"]["properties"].items():
+        parameters = self.schema["function"]["parameters"]
+        if missing := [key for key in parameters.get("required", []) if key not in arguments]:
+            return f"{self.name}: missing a required argument: {missing[0]!r}"
+        for key, schema in parameters["properties"].items():
+            schema = schema if isinstance(schema, dict) else {}  # in JSON Schema `true` is one, too
             kind = KINDS.get(schema.get("type")) if isinstance(schema.get("type"), str) else None
             value = arguments.get(key)
             if key not in arguments or kind is None or (value is None and schema.get("nullable")):
@@ -125,17 +130,23 @@ def check_tools(names: list[str], options: dict) -> None:
         if name not in names:
             listed = ", ".join(names) or "none"
             raise UserError(f"tool_options: {name!r} is not among the tools ({listed}){nearest(name, names)}")
-        if name not in OPTIONS:
-            raise UserError(f"tool_options: {name} takes no options; those that do: {', '.join(OPTIONS)}")
+        if _options_of(name) is None:
+            raise UserError(f"tool_options: {name} takes no options; search and mcp:NAME do")
         if not isinstance(given, dict):
             raise UserError(f"tool_options: {name}: found {given!r}, expected a mapping such as {{key: value}}")
     for name in names:
-        if name in OPTIONS:
-            made_of(OPTIONS[name], name, options.get(name, {}))
+        if _options_of(name) is not None:
+            _made(name, options.get(name, {}))
 
 
-def made_of(kind: type, name: str, given: dict):
-    """The dataclass `kind` of options. UserError names the tool, the key and the nearest one."""
+def _options_of(name: str) -> type | None:
+    """The dataclass of a tool's options; None for one that has none."""
+    return SearchOptions if name == "search" else McpOptions if name.startswith(MCP) else None
+
+
+def _made(name: str, given: dict):
+    """A tool's options. UserError names the tool, the key and the nearest one."""
+    kind = _options_of(name)
     known = [field.name for field in fields(kind)]
     for key in given:
         if key not in known:
@@ -149,7 +160,9 @@ def made_of(kind: type, name: str, given: dict):
 
 def _load(name: str, given: dict) -> list[Tool]:
     if name == "search":
-        return [_tool(name, *search_tool(made_of(SearchOptions, name, given)))]
+        return [_tool(name, *search_tool(_made(name, given)))]
+    if name.startswith(MCP):
+        return [Tool(each.name, each.call, each.schema) for each in mcp_tools(name, _made(name, given))]
     return [_tool(name, _function(name), _require_sandbox if name == "python" else None)]
 
 
