@@ -24,6 +24,7 @@ LOG_NAMES = ("loss", "grad_norm", "perplexity")
 MAIN = ("loss", "bits_per_byte", "reward", "kl", "completion_length", "entropy")  # drawn large, in this order
 ORDER = ("loss", "reward", "utility", "score", "kl", "accuracy", "pass", "correct", "length", "entropy", "bits", "std")
 LAST = ("share/", "clip", "grad_norm", "learning_rate", "throughput", "per_second", "epoch", "tokens", "time")
+DRAWN_APART = ("step", "identity/right", "identity/kept", "identity/yields")  # the latter by report_identity.py
 PREFIXES = ("eval_", "eval/", "held_out_", "train_", "train/")
 # By series, or by stage and series. KL and entropy: rl/metrics.py; loss: the mean over supervised tokens.
 UNITS = {
@@ -62,7 +63,7 @@ def panels(log: list[dict], stage: str = "", metrics: dict | None = None) -> tup
     series: dict[str, dict[float, float]] = {}
     for index, row in enumerate(log, 1):
         for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            if name not in DRAWN_APART and isinstance(value, int | float) and not isinstance(value, bool):
                 series.setdefault(name, {})[row.get("step", index)] = value
     grouped: dict[str, Panel] = {}
     single = {}

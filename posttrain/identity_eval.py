@@ -259,7 +259,7 @@ def kept_gains(before: Asked, after: Asked, labels: tuple[str, str]) -> list[dic
     gains = []
     for name, metric, old, new in (
         ("keeps who it is", RIGHT, before.right, after.right),
-        ("keeps it under another's name", KEPT, before.kept, after.kept),
+        ("keeps to it when called otherwise", KEPT, before.kept, after.kept),
     ):
         if not old or not any(old):
             continue

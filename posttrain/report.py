@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from posttrain import curves, doctor, figures, over_optimization, plots, report_cost, report_diff, web_figure
+from posttrain import report_identity as identity
 from posttrain import report_page as page
 from posttrain.report_page import UNPRINTABLE, gains_of, summary, visible
 from posttrain.report_read import Stage, read_run
@@ -40,6 +41,8 @@ def write_report(
         summary=summary(found),
         samples=page.samples(found),
         suites=page.evaluations(found),
+        identities=identity.table(found),
+        by_question=identity.by_question(found),
         costs=report_cost.costs(found, price),
         parts=report_cost.PARTS,
         studies=_studies(found),
@@ -82,6 +85,7 @@ def _environment():
     environment.globals |= {
         "figures": figures, "curves": curves, "page": page, "verdict": page.verdict, "panels_shown": PANELS_SHOWN,
         "pictures": plots.stage_pictures, "wide_pictures": web_figure.pictures, "dropped": web_figure.dropped,
+        "drift": identity.drift,
         "remarks": lambda stage: doctor.heard(stage.log, stage.config),
         "shown_by_round": lambda metrics: [name for name in metrics if ", " not in name],
     }  # fmt: skip

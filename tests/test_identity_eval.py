@@ -225,7 +225,7 @@ def test_keeping_it_is_judged_by_the_paired_change():
     two = kept_gains(asked([1.0] * 10, [0.5] * 10), asked([1.0] * 10, [0.3] * 10), ("SFT", "PPO"))
     assert [(each["name"], each["passed"]) for each in two] == [
         ("keeps who it is", True),
-        ("keeps it under another's name", False),
+        ("keeps to it when called otherwise", False),
     ]
     assert kept_gains(NOTHING_ASKED, NOTHING_ASKED, ("SFT", "PPO")) == []
 

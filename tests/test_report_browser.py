@@ -8,6 +8,7 @@ import json
 import pytest
 from browser import chromium, open_page
 from test_report import HOSTILE, gain, measured, put
+from test_report_identity import put_watched
 from test_report_parts import put_ppo, write_lines
 
 from posttrain.report import write_report
@@ -53,6 +54,7 @@ def pages(tmp_path_factory):
     (run / "ppo" / "evals").mkdir()
     told = {"metrics": {LONG: measured(1.0, 0.5, unit=LONG)}, "settings": {LONG: LONG}, "samples": []}
     (run / "ppo" / "evals" / "chat.json").write_text(json.dumps(told))
+    put_watched(run, "rejection", {"policy": "sft"})
     (run / "grpo").mkdir()
     (run / "grpo" / "log.jsonl").write_text((run / "ppo" / "log.jsonl").read_text())
     put(other, "sft", {}, config={LONG: LONG}, versions={LONG: LONG})
