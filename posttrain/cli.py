@@ -5,7 +5,7 @@
     posttrain forecast recipes/tiny/pretrain.yaml [--KEY VALUE ...] [--price DOLLARS] [--gpus N] [--no-measure]
     posttrain report runs/tiny [--against runs/other] [--price DOLLARS] [--picture FILE.svg]
     posttrain doctor runs/tiny
-    posttrain chat runs/tiny/grpo [--prompt TEXT]
+    posttrain chat runs/tiny/grpo [--prompt TEXT] [--tools NAME ... --tool_options JSON]
     posttrain complete runs/tiny/pretrain --prompt TEXT [--n 3] [--few_shot FILE] [--probs]
     posttrain board runs/tiny [MODEL ...] [--port 7860]
     posttrain serve runs/tiny/sft [--port 8000]
@@ -39,6 +39,7 @@ from posttrain.forecast import call as call_forecast
 from posttrain.hub import add_verb as add_push
 from posttrain.report_verb import add_verb as add_report
 from posttrain.serve_engine import add_verb as add_serve
+from posttrain.tools import flags as tool_flags
 
 
 def main() -> None:
@@ -163,6 +164,7 @@ def _add_chat(verbs, debug: argparse.ArgumentParser) -> None:
     chat.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling; default: %(default)s, all tokens")
     chat.add_argument("--max_new_tokens", type=int, default=256, help="default: %(default)s")
     chat.add_argument("--seed", type=int, help="default: another one each time")
+    tool_flags.add_flags(chat.add_argument_group("tools"))
 
 
 def _add_bestof(verbs, debug: argparse.ArgumentParser) -> None:
@@ -235,6 +237,7 @@ def call_doctor(options: argparse.Namespace) -> int:
 def call_chat(options: argparse.Namespace) -> int:
     from posttrain import serve
 
+    tools, limits = tool_flags.loaded(options)
     return serve.chat(
         options.model,
         prompt=options.prompt,
@@ -244,6 +247,8 @@ def call_chat(options: argparse.Namespace) -> int:
         top_p=options.top_p,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
+        tools=tools,
+        limits=limits,
     )
 
 

@@ -214,7 +214,7 @@ class Completer:
 
         from posttrain.decoding import sample
         from posttrain.rl.engine import sample_seed
-        from posttrain.serve import TextStream
+        from posttrain.reply import TextStream
 
         generator = torch.Generator().manual_seed(sample_seed(seed, number))
         stream, gate = TextStream(self.tokenizer), StopGate(how.stops)

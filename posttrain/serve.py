@@ -5,6 +5,7 @@ Out: the reply on stdout, as it is sampled; all else (notes, prompt tokens, erro
 Run: posttrain chat runs/tiny/grpo
      posttrain chat runs/tiny/grpo --prompt "What is 17 + 25?" --temperature 0
      posttrain chat runs/tiny/pretrain --prompt "Once upon"        # no chat template: completes plain text
+     posttrain chat MODEL --tools search calculator --tool_options '{search: {folder: docs}}'    # calls on stderr
 """
 
 import importlib.util
@@ -14,9 +15,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from posttrain.decoding import check_settings, sample
+from posttrain.decoding import check_settings
 from posttrain.errors import UserError
+from posttrain.reply import Reply, Use
 from posttrain.stage import read_manifest
+from posttrain.tool_calls import ToolLimits, ToolRunner
 
 HELP = """\
 /system TEXT  set the system message (/system alone removes it)
@@ -42,15 +45,20 @@ def chat(
     top_p: float = 1.0,
     max_new_tokens: int = 256,
     seed: int | None = None,
+    tools: list | None = None,
+    limits: ToolLimits | None = None,
 ) -> int:
     """Chat with `model` in the terminal, or with `prompt` answer once; return the exit code 0.
 
     `temperature` 0 is greedy decoding; `top_p` is nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751).
-    A model without a chat template completes `prompt` as plain text.
-    Raises UserError for a folder that holds no causal language model, or settings out of range.
+    A model without a chat template completes `prompt` as plain text. `tools`: those that it may call (tools.Tool).
+    Raises UserError for a folder that holds no causal language model, settings out of range, or a chat template that
+    writes no calls of tools.
     """
     check_settings(temperature, top_p, max_new_tokens)
     session = Session(*load(model), temperature, top_p, max_new_tokens, seed, raw=raw)
+    if tools:
+        session.set_tools(tools, limits)
     if system is not None:
         session.set_system(system)
     if prompt is not None:
@@ -149,7 +157,8 @@ def choices(folder: Path) -> str:
 
 @dataclass
 class Session:
-    """A model, how it is sampled and the conversation so far (whole turns: user, assistant, user, ...)."""
+    """A model, how it is sampled and the conversation so far: whole turns of user, assistant, user, ..., with those
+    that called a tool and its answers in between."""
 
     model: object
     tokenizer: object
@@ -173,6 +182,7 @@ class Session:
         # Models without position limit (state space models) have no such key.
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.context = limit or sys.maxsize
+        self.runner: ToolRunner | None = None
 
     @property
     def is_base(self) -> bool:
@@ -180,13 +190,20 @@ class Session:
 
     def describe(self) -> str:
         kind = "no chat template, so it completes plain text" if self.is_base else "chat template found"
+        tools = f", tools: {', '.join(self.runner.tools)}" if self.runner else ""
         millions = self.model.num_parameters() / 1e6
-        return f"{type(self.model).__name__}, {millions:.1f}M parameters on {self.model.device}, {kind}"
+        return f"{type(self.model).__name__}, {millions:.1f}M parameters on {self.model.device}, {kind}{tools}"
 
     def set_system(self, text: str | None) -> None:
         if self.is_base:
             raise UserError("the model has no chat template, so no place for a system message; put it in the prompt")
         self.system = clean(text) if text else None
+
+    def set_tools(self, tools: list, limits: ToolLimits | None = None) -> None:
+        """UserError where the model's chat template cannot show them or write a call."""
+        if self.is_base:
+            raise UserError("tools: the model has no chat template, so it cannot call any; leave --tools out")
+        self.runner = ToolRunner(self.tokenizer, tools, limits)
 
     def turn(self, text: str) -> None:
         """Stream the reply to `text` and remember both; after Ctrl-C what was said so far is remembered."""
@@ -199,15 +216,34 @@ class Session:
             print(*(raw_token(self.tokenizer, token, sys.stderr) for token in prompt_ids), file=sys.stderr, flush=True)
         reply = Reply(self, prompt_ids)
         try:
-            for token, prob, new_text in reply:
-                write(raw_token(self.tokenizer, token, sys.stdout, prob) + " " if self.raw else printable(new_text))
+            for event in reply:
+                self._show(reply, event)
         finally:
             write(("" if self.raw else printable(reply.stream.end())) + "\n")
-            if (reply.ended or reply.stream.ids) and not self.is_base:
-                said = {"role": "assistant", "content": reply.stream.text}
-                self.messages += [{"role": "user", "content": text}, said]
+            if not self.is_base:
+                self.remember(text, reply.messages)
         if not reply.ended:
             note(f"[{reply.cut}]")
+
+    def _show(self, reply: Reply, event) -> None:
+        if isinstance(event, Use):
+            if event.answer is None and not self.raw:
+                rest = printable(reply.stream.end())
+                write(rest + "\n" * bool(reply.stream.shown))
+            note(f"[{printable(event.title)}]" if event.answer is None else f"[-> {printable(event.answer)}]")
+        elif self.raw:
+            write(raw_token(self.tokenizer, event.token, sys.stdout, event.probability) + " ")
+        else:
+            write(printable(event.text))
+
+    def remember(self, text: str, said: list[dict]) -> None:
+        """Add a message and the reply to it, nothing where there was none. A reply that broke off before the model
+        could go on from a tool's answer is kept as its words."""
+        if said and said[-1]["role"] == "tool":
+            words = "\n".join(message["content"] for message in said if message["role"] == "assistant")
+            said = [{"role": "assistant", "content": words}]
+        if said:
+            self.messages += [{"role": "user", "content": text}, *said]
 
     def fit(self, text: str) -> tuple[list[int], str]:
         """Token ids of the prompt, and a sentence where the oldest turns were forgotten, which leaves a quarter of the
@@ -215,7 +251,7 @@ class Session:
         reserve = min(self.max_new_tokens, self.context // 4)
         prompt_ids, dropped = self.encode(text), 0
         while len(prompt_ids) + reserve > self.context and self.messages:
-            del self.messages[:2]
+            del self.messages[: self._oldest()]
             prompt_ids, dropped = self.encode(text), dropped + 1
         if len(prompt_ids) >= self.context:
             raise UserError(
@@ -224,6 +260,11 @@ class Session:
             )
         said = f"the context holds {self.context} tokens: the oldest {dropped} turn(s) were dropped" if dropped else ""
         return prompt_ids, said
+
+    def _oldest(self) -> int:
+        """Messages up to the second one of the user's."""
+        users = [place for place, message in enumerate(self.messages) if message["role"] == "user"]
+        return users[1] if len(users) > 1 else len(self.messages)
 
     def encode(self, text: str) -> list[int]:
         if self.is_base:
@@ -241,35 +282,10 @@ class Session:
         head = [{"role": "system", "content": self.system}] if self.system else []
         messages = [*head, *self.messages, {"role": "user", "content": text}]
         try:
-            return encode_chat(self.tokenizer, messages, add_generation_prompt=True).input_ids
+            tools = self.runner and self.runner.template.shown
+            return encode_chat(self.tokenizer, messages, add_generation_prompt=True, tools=tools).input_ids
         except jinja2.TemplateError as error:  # e.g. "System role not supported"
             raise UserError(f"the model's chat template refuses the conversation: {error}") from error
-
-
-class Reply:
-    """A reply to `prompt_ids`, sampled while it is iterated over: (token, probability, the text that it completes).
-
-    Leave the loop and the sampling stops. Then `ended` says whether a token that ends replies came, `stream` has the
-    tokens and the text, and `cut` says why there is no more.
-    """
-
-    def __init__(self, session: Session, prompt_ids: list[int]):
-        self.session, self.prompt_ids = session, prompt_ids
-        self.stream, self.ended = TextStream(session.tokenizer), False
-        self.room = min(session.max_new_tokens, session.context - len(prompt_ids))
-
-    def __iter__(self):
-        session = self.session
-        settings = session.temperature, session.top_p, session.generator, session.top_k
-        for token, prob in sample(session.model, self.prompt_ids, session.stop_ids, self.room, *settings):
-            self.ended = token in session.stop_ids
-            yield token, prob, "" if self.ended else self.stream.add(token)
-
-    @property
-    def cut(self) -> str:
-        if self.room < self.session.max_new_tokens:
-            return f"cut: the context of {self.session.context} tokens is full"
-        return f"cut at max_new_tokens {self.room}"
 
 
 def converse(session: Session) -> int:
@@ -316,29 +332,6 @@ def command(session: Session, line: str) -> bool:
     else:
         note(f"unknown command {printable(name)}; /help lists them")
     return True
-
-
-class TextStream:
-    """Token ids in, text out; a character whose bytes are spread over several tokens comes out when it is whole."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.text, self.shown = tokenizer, [], "", 0
-
-    def add(self, token: int) -> str:
-        """Return the text that `token` completes, often none."""
-        self.ids.append(token)
-        self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        # An unfinished UTF-8 character (at most three of its four bytes) decodes to up to three U+FFFD at the end.
-        tail = self.text[-3:]
-        return self.take(len(self.text) - len(tail) + len(tail.rstrip("\ufffd")))
-
-    def end(self) -> str:
-        """Return what was held back: bytes that never became a character."""
-        return self.take(len(self.text))
-
-    def take(self, stop: int) -> str:
-        new, self.shown = self.text[self.shown : stop], max(self.shown, stop)
-        return new
 
 
 def raw_token(tokenizer, token: int, stream, prob: float | None = None) -> str:

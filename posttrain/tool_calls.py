@@ -165,6 +165,35 @@ class ToolTemplate:
             place = stop
         return calls
 
+    def words(self, turn: list[int]) -> tuple[str, int]:
+        """(what the ids of a turn say beside calls, special tokens left out; how many characters at its end may yet
+        turn out to begin a call)."""
+        if self.marks is not None:
+            return self._decoded([id for id, inside in zip(turn, self._inside(turn), strict=True) if not inside]), 0
+        text = CALL.sub("", self._decoded(turn)).partition(OPENED)[0]
+        return text, next((n for n in range(len(OPENED) - 1, 0, -1) if text.endswith(OPENED[:n])), 0)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _inside(self, turn: list[int]) -> list[bool]:
+        """Which ids belong to a call of the plain format, marks included."""
+        inside, found = False, []
+        for id in turn:
+            inside = inside or id == self.marks[0]
+            found.append(inside)
+            inside = inside and id != self.marks[1]
+        return found
+
+    def message(self, turn: list[int], num_calls: int) -> dict:
+        """The turn as a message with its first `num_calls` calls. Where one of them cannot be read, its text stays in
+        the content as it is."""
+        calls = self.read(turn)[:num_calls]
+        if any(call.error for call in calls):
+            return {"role": "assistant", "content": self.tokenizer.decode(turn, skip_special_tokens=False)}
+        listed = [{"type": "function", "function": {"name": c.name, "arguments": c.arguments}} for c in calls]
+        return {"role": "assistant", "content": self.words(turn)[0].strip(), "tool_calls": listed}
+
     def _plain(self, text: str) -> Call:
         name, _, rest = text.lstrip().partition(" ")
         if name not in self.tools:

@@ -26,7 +26,8 @@ from transformers import (
 
 from posttrain.decoding import choose
 from posttrain.errors import UserError
-from posttrain.serve import TextStream, chat, printable
+from posttrain.reply import TextStream
+from posttrain.serve import chat, printable
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

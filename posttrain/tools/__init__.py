@@ -186,7 +186,7 @@ def _tool(name: str, function: Callable, require: Callable[[], None] | None = No
 
 
 def _function(name: str) -> Callable:
-    function = function_by_name("tool", name, TOOLS)
+    function = function_by_name("tool", name, {**TOOLS, "search": search_tool})
     if not inspect.isfunction(function):
         raise UserError(f"tool {name!r}: its type is {type(function).__name__}, expected a plain function")
     return function
