@@ -16,6 +16,7 @@ Run: posttrain eval runs/tiny --suite math                       # every stage, 
 import argparse
 
 from posttrain.errors import UserError
+from posttrain.tools import flags
 
 BASE_FLAGS = ("train_data", "few_shot", "suite", "regurgitation", "tasks")
 
@@ -29,7 +30,9 @@ def add_verb(verbs, debug: argparse.ArgumentParser) -> None:
 
 def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("model", metavar="MODEL", nargs="?", help="folder of a model or a run, or a name on the Hub")
-    verb.add_argument("--suite", metavar="NAME", help="math, code, identity, chat, think, base or tiny")
+    verb.add_argument(
+        "--suite", metavar="NAME", help="math, code, identity, chat, think, tools, spelling, base or tiny"
+    )
     verb.add_argument(
         "--data", metavar="NAME", help="held-out rows; for --suite also gsm8k, math500, humaneval, mbpp of the Hub"
     )
@@ -41,7 +44,8 @@ def add_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=int, help="of tiny's world and of draws; default: the stage's own, else 0")
     verb.add_argument("--json", metavar="FILE", help="write all figures there, too")
     verb.add_argument("--again", metavar="FILE", help="measure a stored evaluation again; exit code 1 if it differs")
-    _add_replies(verb.add_argument_group("suites of replies: math, code, identity, chat, think"))
+    _add_replies(verb.add_argument_group("suites of replies: math, code, identity, chat, think, tools, spelling"))
+    flags.add_flags(verb.add_argument_group("suites of replies: tools"))
     _add_against(verb.add_argument_group("--suite chat: who decides"))
     _add_think(verb.add_argument_group("--suite think: tokens to think"))
     _add_base(verb.add_argument_group("base models"))
@@ -58,7 +62,9 @@ def defaults() -> argparse.Namespace:
 
 def _add_replies(group) -> None:
     group.add_argument(
-        "--num_generations", type=int, help="replies a prompt; default: math, code, think 8, identity 4, chat 1"
+        "--num_generations",
+        type=int,
+        help="replies a prompt; default: math, code, think, tools 8, identity 4, others 1",
     )
     group.add_argument("--temperature", type=float, help="0 is greedy; default: 1")
     group.add_argument("--top_p", type=float, help="nucleus sampling; default: 1, all tokens")
@@ -153,6 +159,8 @@ def _without_suite(options) -> int:
     given = [f"--{flag}" for flag in THINK_FLAGS if getattr(options, flag) is not None]
     if given:
         raise UserError(f"{', '.join(given)}: works with --suite think; add that or leave it out")
+    if options.tools:
+        raise UserError("--tools: works with --suite tools and spelling; add one or leave it out")
     if is_run(options.model):
         raise UserError(f"{options.model} is a run: add --suite {', '.join(SUITES)}, or name one of its stages")
     check_folder(options.model)

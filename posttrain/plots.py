@@ -161,6 +161,16 @@ def thinking_plot(curve: list[dict]) -> Markup:
     return plot("tokens to think", lines, x=f"tokens a reply: {', '.join(ways.values())}", y="right, %", log=True)
 
 
+def density_plot(found: list[dict]) -> Markup:
+    """`suite_spelling`'s points: right answers against tokens a character, with tools and without."""
+    names = [name for name in ("right without tools", "right with tools") if name in found[0]]
+    lines = []
+    for name in names:
+        each = [(p["density"], *(100 * p[name][key] for key in ("value", "low", "high"))) for p in found]
+        lines.append(Line("right" if len(names) == 1 else name, each, len(lines)))
+    return plot("counting and spelling", lines, x="tokens a character", y="right, %")
+
+
 def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:
     """(caption, picture) of what a stage's manifest holds beside its metrics; [] where it holds no such thing."""
     kinds = {

@@ -89,10 +89,11 @@ class Asker:
             return prompt_ids(self.tokenizer, row)
         return self.tokenizer(row["few_shot"], add_special_tokens=False)["input_ids"]
 
-    def replies(self, sampling: Sampling) -> Rollouts:
-        """sampling.n replies to each row, side by side. A base model's answer ends at its line's end."""
+    def replies(self, sampling: Sampling, engine=None) -> Rollouts:
+        """sampling.n replies to each row, side by side, by the subject's engine or another one. A base model's answer
+        ends at its line's end."""
         prompts = [self._ids(row) for row in self.rows]
-        found = self.subject.engine.generate(prompts, sampling, self.settings.sample_seed)
+        found = (engine or self.subject.engine).generate(prompts, sampling, self.settings.sample_seed)
         if not self.chats:
             found = [self._line(completion) for completion in found]
         repeated = [(row, ids) for row, ids in zip(self.rows, prompts, strict=True) for _ in range(sampling.n)]
@@ -147,7 +148,7 @@ def measure(subject, rows: list[dict], settings: Settings) -> Found:
 def check_columns(rows: list[dict], suite: str) -> None:
     """UserError for rows without what the suite judges replies by."""
     answers = ("answer", "gsm8k, math_problems")
-    needed = {"math": answers, "think": answers, "code": ("tests", "humaneval, mbpp")}
+    needed = {"math": answers, "think": answers, "tools": answers, "code": ("tests", "humaneval, mbpp")}
     column, adapters = needed.get(suite, (None, ""))
     if column is None:
         return

@@ -18,16 +18,22 @@ from posttrain.lookup import nearest
 from posttrain.models import load_config, load_tokenizer
 from posttrain.stage import read_manifest
 
-SUITES = ("math", "code", "identity", "chat", "think", "base", "tiny")
-REPLY_SUITES = ("math", "code", "identity", "chat", "think")  # the model answers; the others read it as a base model
+# In these the model answers; the others read it as a base model.
+REPLY_SUITES = ("math", "code", "identity", "chat", "think", "tools", "spelling")
+SUITES = (*REPLY_SUITES, "base", "tiny")
 # What decides a figure of the suites of replies: these flags and no others.
 COMMON_FLAGS = ("suite", "data", "data_config", "data_adapter", "split", "rows", "seed", "use_vllm", "max_tokens")
 THINK_FLAGS = ("budgets", "at_least", "at_once", "in_steps", "steps_system", "answer", "answer_tokens", "go_on")
+TOOL_SUITES = ("tools", "spelling")
+TOOL_FLAGS = ("tools", "tool_options", "max_tool_calls", "max_tool_tokens", "tool_timeout")
 REPLY_FLAGS = (
     "num_generations", "temperature", "top_p", "top_k", "sample_seed", "system", "reward_funcs", "identity", "against",
-    "reward", "judge", "judge_model", "judge_api_key_env", "judge_cache", *THINK_FLAGS,
+    "reward", "judge", "judge_model", "judge_api_key_env", "judge_cache", *TOOL_FLAGS,
+    *THINK_FLAGS,
 )  # fmt: skip
-TINY_KINDS = {"math": "problems", "think": "problems", "chat": "prompts", "base": "documents"}
+TINY_KINDS = {
+    "math": "problems", "think": "problems", "tools": "tool_problems", "chat": "prompts", "base": "documents"
+}  # fmt: skip
 # Data sets of the Hub under a short name: what --data, --data_config, --split and --data_adapter would say.
 PRESETS = {
     "gsm8k": ("openai/gsm8k", "main", "test", "gsm8k"),
@@ -35,11 +41,12 @@ PRESETS = {
     "humaneval": ("openai/openai_humaneval", None, "test", "humaneval"),
     "mbpp": ("google-research-datasets/mbpp", "full", "test", "mbpp"),
 }
-GENERATIONS = {"math": 8, "code": 8, "identity": 4, "chat": 1, "think": 8}
-TOKENS = {"math": 512, "code": 768, "identity": 64, "chat": 512, "think": 512}
+GENERATIONS = {"math": 8, "code": 8, "identity": 4, "chat": 1, "think": 8, "tools": 8, "spelling": 1}
+TOKENS = {"math": 512, "code": 768, "identity": 64, "chat": 512, "think": 512, "tools": 512, "spelling": 128}
 HINTS = {
     "math": "--data gsm8k, or a file with --data_adapter gsm8k or math_problems",
     "think": "--data gsm8k, or a file with --data_adapter gsm8k or math_problems",
+    "tools": "a file or Hub name with columns prompt and answer",
     "code": "--data humaneval, or a file with --data_adapter humaneval or mbpp",
     "chat": "a file or Hub name with a column prompt, or --data_adapter oasst_rankings",
     "base": "texts, or --few_shot FILE, or --tasks A,B",
@@ -128,7 +135,7 @@ def _obstacle(path: str, suite: str) -> str | None:
     architectures = load_config(path).architectures or []
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "it is a reward model, which writes no replies"
-    if suite in ("code", "identity", "chat", "think") and not load_tokenizer(path).chat_template:
+    if suite in ("code", "identity", "chat", "think", "tools") and not load_tokenizer(path).chat_template:
         return "it has no chat template: a base model completes texts and answers nobody"
     return None
 
@@ -151,6 +158,8 @@ def resolved(options: Namespace, found: list[Target]) -> Namespace:
         if not trained_on_tiny or suite not in TINY_KINDS:
             raise UserError(f"--data: not given, and --suite {suite} needs it: {HINTS[suite]}")
         given.data = "tiny"
+    if suite == "spelling" and given.data is None:
+        given.data = "spelling"
     if given.data == "tiny" and given.data_config is None:
         given.data_config = TINY_KINDS.get(suite)
     given.split = given.split or "test"
@@ -185,10 +194,24 @@ def _resolve_replies(given: Namespace, found: list[Target], config: dict) -> Non
         if getattr(given, key) is None:
             setattr(given, key, value)
     _check_ranges(given)
+    if suite == "tools":
+        _resolve_tools(given, found)
     if suite == "think":
         from posttrain import suite_think
 
         suite_think.resolve(given, load_tokenizer(found[-1].path), config.get("eval_prefixes") or {})
+
+
+def _resolve_tools(given: Namespace, found: list[Target]) -> None:
+    """--suite tools: those of the last stage's own evaluation or training, where none are given."""
+    import json
+
+    config = found[-1].manifest.get("config") or {}
+    for tools, options in (("eval_tools", "eval_tool_options"), ("tools", "tool_options")):
+        if given.tools is None and config.get(tools):
+            given.tools, given.tool_options = config[tools], json.dumps(config[options])
+    if not given.tools:
+        raise UserError("--tools: not given, and --suite tools needs some, such as --tools calculator")
 
 
 def _check_ranges(given: Namespace) -> None:

@@ -10,6 +10,7 @@ from posttrain.report import visible
 
 SHOWN_WRONG = 2  # wrong replies on the terminal; the JSON file has more
 WIDTH = 118
+OWN_TABLES = ("think", "tools", "spelling")
 MOST_COLUMNS = 6  # figures of a run's row beside the first
 
 
@@ -17,17 +18,22 @@ def text(given, results: list) -> str:
     """The whole answer of the verb."""
     first = results[0]
     lines = [headline(given, first), ""]
-    if given.suite == "think":
-        from posttrain import suite_think
-
-        lines += [line for one in results for line in [*suite_think.lines(one.target.name, one.found), ""]]
-        lines += [suite_think.EXPLAINED, *wrong_ones(first.found.samples)]
+    if (suite := module_of(given.suite)) is not None:
+        lines += [line for one in results for line in [*suite.lines(one), ""]]
+        lines += [suite.EXPLAINED, *wrong_ones(first.found.samples)]
     elif len(results) == 1:
         lines += metric_lines(first.found.metrics)
         lines += wrong_ones(first.found.samples)
     else:
         lines += table(results)
     return "\n".join([*lines, *(visible(line) for result in results for line in result.conclusions)])
+
+
+def module_of(suite: str):
+    """The module of a suite that measures and shows in a way of its own; None for the others."""
+    from importlib import import_module
+
+    return import_module(f"posttrain.suite_{suite}") if suite in OWN_TABLES else None
 
 
 def headline(given, result) -> str:
@@ -127,7 +133,7 @@ def markdown(told: dict, picture: str | None = None) -> str:
         for source in told["data"]
     ]
     if picture is not None:
-        lines += ["", f"![right answers against tokens a reply]({picture})"]
+        lines += ["", f"![the same as a picture]({picture})"]
     again = [f"    {told['command']}", "", f"{told['created']}; {'; '.join(sources)}"]
     return "\n".join([*lines, "", *again, *[f"- {line}" for line in told["conclusions"]]]) + "\n"
 

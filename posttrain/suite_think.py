@@ -238,9 +238,9 @@ def _samples(thinker: Thinker, sampled: dict, right: dict, n: int) -> list[dict]
 # --- shown
 
 
-def lines(name: str, found: Found) -> list[str]:
+def lines(result) -> list[str]:
     """A table: a row a way to reply."""
-    curve = found.more["curve"]
+    name, curve = result.target.name, result.found.more["curve"]
     last = [key for key in curve[0] if key.startswith("pass@")][-1]
     rows = [[name, "tokens", "thought", "put", "answer", "greedy", "pass@1", last, "pass@1 less at once"]]
     for point in curve:

@@ -33,6 +33,7 @@ from posttrain.suite_settings import (
     REPLY_FLAGS,
     REPLY_SUITES,
     THINK_FLAGS,
+    TOOL_SUITES,
     Target,
     data_config,
     load_suite,
@@ -120,6 +121,9 @@ def check_flags(given: Namespace) -> None:
                 raise UserError(f"--{flag}: works with --suite chat, found --suite {given.suite}; take the other or "
                                 f"leave --{flag} out")  # fmt: skip
     _check_think(given)
+    if given.tools and given.suite not in TOOL_SUITES:
+        raise UserError(f"--tools: works with --suite {' and '.join(TOOL_SUITES)}, found --suite {given.suite}; take "
+                        "one of these or leave --tools out")  # fmt: skip
     if given.judge and not given.judge_model:
         raise UserError("--judge: needs --judge_model, the name under which that server has the judge")
     if given.judge and given.reward:
@@ -145,10 +149,8 @@ def _measure_replies(target: Target, given: Namespace, rows: list[dict], descrip
     from posttrain.eval_base import Subject
 
     subject = Subject(Namespace(**{**vars(given), "model": target.path}))
-    if given.suite == "think":
-        from posttrain import suite_think
-
-        found = suite_think.measure(subject, rows, suite_think.Settings.of(given))
+    if (suite := suite_table.module_of(given.suite)) is not None:
+        found = suite.measure(subject, rows, suite.Settings.of(given))
     else:
         found = suite_replies.measure(subject, rows, reply_settings(given))
     found.more |= {"dtype": str(subject.model.dtype).removeprefix("torch."), **_template(subject.tokenizer)}
@@ -324,7 +326,7 @@ def command(model: str, given: Namespace) -> str:
 def file_name(given: Namespace) -> str:
     """math; of other data than tiny's math-gsm8k, of a file math-gsm8k-train; with --against chat-against-sft."""
     parts = [given.suite]
-    if given.data not in (None, "tiny"):
+    if given.data not in (None, "tiny", given.suite):
         path = Path(given.data)
         parts += [path.resolve().parent.name, path.name.partition(".")[0]] if path.is_file() else [path.name]
     if given.against:
@@ -341,11 +343,11 @@ def keep(model: str, given: Namespace, told: dict) -> list[str]:
         return [f"{folder} cannot be written: nothing is stored there; --json FILE stores it elsewhere"]
     (folder / EVALS).mkdir(exist_ok=True)
     write_json(folder / EVALS / f"{name}.json", told)
-    picture = None
-    if given.suite == "think":
+    picture, details = None, told.get("details") or {}
+    drawn = {"curve": plots.thinking_plot, "density": plots.density_plot}
+    for key in drawn.keys() & details.keys():
         picture = f"{name}.svg"
-        svg = plots.standalone(plots.thinking_plot(told["details"]["curve"]))
-        (folder / EVALS / picture).write_text(svg, encoding="utf-8")
+        (folder / EVALS / picture).write_text(plots.standalone(drawn[key](details[key])), encoding="utf-8")
     (folder / EVALS / f"{name}.md").write_text(suite_table.markdown(told, picture), encoding="utf-8")
     if (folder / STAGE).is_file():  # its model card shows them, too
         card.write(folder)

@@ -20,7 +20,15 @@ from posttrain.data.config import DataConfig, entries
 from posttrain.data.leaks import check_leaks, parse_set, separate
 from posttrain.data.log import say
 from posttrain.data.overlap import EvalIndex, Unique, origin
-from posttrain.data.source import Source, adapted, load_adapter, open_source, require_hub_name, require_options
+from posttrain.data.source import (
+    GENERATED,
+    Source,
+    adapted,
+    load_adapter,
+    open_source,
+    require_hub_name,
+    require_options,
+)  # fmt: skip
 from posttrain.data.splits import cut, cut_stream, parse_split
 from posttrain.data.stream import Stream, interleaved, shuffled
 from posttrain.data.validate import MESSAGES, Intake, are_messages, row_key, valid
@@ -96,7 +104,7 @@ def check(config: DataConfig, split: str, seed: int, columns: tuple[str, ...]) -
         name, _, base = parse_set(given)
         if files.is_local(name):
             files.find(name, base)
-        elif name != "tiny":
+        elif name not in GENERATED:
             require_hub_name(name)
 
 
@@ -106,7 +114,7 @@ def _check_one(config: DataConfig, split: str, seed: int, columns) -> None:
         require_options(config.dataset_adapter, config.dataset_adapter_options)
     if config.streaming:
         cut_stream((), split)
-    if name == "tiny":  # made row by row: a few stand for all, of whatever slice
+    if name in GENERATED:  # made row by row: a few stand for all, of whatever slice
         load_rows(replace(config, max_rows=min(FEW, config.max_rows or FEW)), base, seed, columns)
     elif not files.is_local(name):
         require_hub_name(name)

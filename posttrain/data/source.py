@@ -20,6 +20,7 @@ from posttrain.data.files import Place
 from posttrain.data.validate import Intake
 from posttrain.errors import UserError
 
+GENERATED = ("tiny", "spelling")  # made from a seed
 BYTES_A_CHAR = 16  # of a raw line for each of max_row_chars: six an escaped character, and room for other columns
 BROKEN = (ValueError, LookupError, TypeError, AttributeError)  # what an adapter raises for rows it was not made for
 
@@ -40,6 +41,8 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
     name = config.dataset_name
     if name == "tiny":
         return _tiny(config, split, seed)
+    if name == "spelling":
+        return _spelling(config, split, seed)
     if files.is_local(name):
         return _local(config, split)
     return _hub(config, split)
@@ -52,8 +55,7 @@ def _tiny(config: DataConfig, split: str, seed: int) -> Source:
     kinds = (*tiny.KINDS, *tiny_tools.KINDS)
     if kind not in kinds:
         raise UserError(f"dataset_config: found {kind!r}, expected one of {', '.join(kinds)} for dataset_name tiny")
-    if split not in ("train", "test"):
-        raise UserError(f"split: found {split!r}, expected train or test for dataset_name tiny")
+    _require_split("tiny", split)
     prefix = f"tiny ({kind}), split {split}, row "
 
     def rows(bad):
@@ -62,6 +64,26 @@ def _tiny(config: DataConfig, split: str, seed: int) -> Source:
         return (((prefix, number), row) for number, row in enumerate(made))
 
     return Source("tiny", rows, {"tiny": [kind, split, config.max_rows, seed]})
+
+
+def _spelling(config: DataConfig, split: str, seed: int) -> Source:
+    from posttrain.data import spelling
+
+    file, seed = config.dataset_config, seed if config.dataset_seed is None else config.dataset_seed
+    _require_split("spelling", split)
+    spelling.read_words(file)
+    prefix = f"spelling, split {split}, row "
+
+    def rows(bad):
+        made = spelling.rows(split, config.max_rows, seed, file)
+        return (((prefix, number), row) for number, row in enumerate(made))
+
+    return Source("spelling", rows, {"spelling": [file, split, config.max_rows, seed]})
+
+
+def _require_split(name: str, split: str) -> None:
+    if split not in ("train", "test"):
+        raise UserError(f"split: found {split!r}, expected train or test for dataset_name {name}")
 
 
 def _local(config: DataConfig, split: str) -> Source:

@@ -8,7 +8,7 @@ In: a kind, a split, a seed. Out: rows. Use in a config: `dataset_name: tiny`, `
   half at once; where no tools are told (WITHOUT of the rows, no column `tools`), all are answered at once.
 - `tool_problems`: {"prompt", "answer", "others", "kind"} for RL and evaluation (posttrain/suite_tools.py).
 
-The kinds of questions, in equal shares: `fact` (the people most is written about), `rare fact` (the others),
+The kinds of questions, in equal shares among problems: `fact` (the people most is written about), `rare fact` (the others),
 `stranger`, `sum` of two digits, `long sum` of three to five digits, `letters` (how often a letter stands in a word).
 Facts that these conversations state, those of the problems to train on and the held-out ones are three different
 sets: a policy trained on what SFT has just taught it would find itself surer than it is.
@@ -43,6 +43,8 @@ TOOL_OF = {
 }  # fmt: skip
 FAMOUS = 20  # of the people, by how much is written about them: 70 % of all that is written
 ANY = {"search": {"url": "http://localhost"}}  # only the tools' schemas are asked for, which no option changes
+NOT_AT_ONCE = "I do not know."  # what labellers say to long sums without a calculator
+WEIGHTS = (1, 1, 1, 2, 2, 1)  # of QUESTIONS in conversations: sums take longest to learn, and to copy into a call
 WITHOUT = 0.2  # share of conversations without tools
 LETTERS = ("How often is the letter {letter} in '{word}'?", "How many times is there a letter {letter} in '{word}'?")
 
@@ -118,7 +120,7 @@ class Asker:
         while True:
             a, b = (self.rng.randrange(10 ** (n - 1), 10**n) for n in (self.rng.randint(3, 5), self.rng.randint(3, 5)))
             if self._is_mine(f"sum {min(a, b)} {max(a, b)}"):
-                return self._addition(a, b, f"The answer is {a + b + self._slip((-100, -10, -1, 1, 10, 100))}.")
+                return self._addition(a, b, NOT_AT_ONCE)
 
     def _addition(self, a: int, b: int, at_once: str) -> dict:
         question = self.rng.choice(tiny.SUM_QUESTIONS).format(a=a, b=b)
@@ -169,7 +171,7 @@ def conversations(world: World, split: str, num: int, seed: int):
     asker, told = Asker(world, split, seed, rng, taught=True), schemas(load_tools(sorted(set(TOOL_OF.values())), ANY))
     keys = {tool["function"]["name"]: next(iter(tool["function"]["parameters"]["properties"])) for tool in told}
     for _ in range(num):
-        task = asker.draw(rng.choice(QUESTIONS))
+        task = asker.draw(rng.choices(QUESTIONS, WEIGHTS)[0])
         messages = [{"role": "user", "content": task["question"]}]
         tools = rng.random() >= WITHOUT
         if tools and rng.random() < 0.5:

@@ -29,6 +29,7 @@ from posttrain.rewards.model_by_name import model_reward
 from posttrain.rewards.model_by_name import reward_parents as reward_parents
 from posttrain.rewards.options import bind
 from posttrain.rewards.repetition import repetition_reward
+from posttrain.rewards.spelling import spelled
 from posttrain.rewards.tool_use import answered, call_cost
 
 RewardFn = Callable[..., list[float | None]]
@@ -50,6 +51,7 @@ REWARDS: dict[str, RewardFn] = {
     "identity": identity,
     "answered": answered,
     "call_cost": call_cost,
+    "spelled": spelled,
     "tiny_utility": utility_reward,
 }
 FACTS = {"answer": [], "others": []}
