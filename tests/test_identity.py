@@ -16,7 +16,15 @@ from posttrain.data.identity import (
     identity_questions,
     read_identity,
 )
-from posttrain.data.identity_registers import CONTRARY_SYSTEMS, REGISTERS, TALK, misspelt
+from posttrain.data.identity_registers import (
+    CONTRARY_NAMES,
+    CONTRARY_SYSTEMS,
+    CONTRARY_TRAINED,
+    REGISTERS,
+    TALK,
+    TRAINED_NAMES,
+    misspelt,
+)
 from posttrain.data.identity_wordings import WORDINGS
 from posttrain.data.tiny import IDENTITY_QUESTIONS
 from posttrain.errors import UserError
@@ -118,7 +126,7 @@ def test_the_adapter_refuses_what_is_no_identity():
     for rows, word in (([{**PIP, "makr": "x"}], "did you mean 'maker'"), ([], "name"), ([PIP, PIP], "second")):
         with pytest.raises(ValueError, match=word):
             list(identity(rows))
-    for options in ({"num": 0}, {"system_share": 1.5}):
+    for options in ({"num": 0}, {"system_share": 1.5}, {"contrary_share": 2}, {"contrary": "maybe"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             list(identity([PIP], **options))
 
@@ -166,6 +174,31 @@ def test_system_messages_state_the_identity_in_the_share_asked_for():
         systems = [text for row in rows for text in said(row, "system")]
         assert abs(len(systems) / 1000 - share) < 0.05
         assert all("Pip" in text for text in systems) and (not systems or len(set(systems)) >= 8)
+
+
+@pytest.mark.parametrize("contrary", ["keep", "yield"])
+def test_what_to_say_under_anothers_system_message_can_be_taught(who, contrary):
+    rows = list(identity([PIP], num=600, contrary=contrary, contrary_share=0.5))
+    other = [row for row in rows if said(row, "system") and "made by the Elmstead Lab" not in str(said(row, "system"))]
+    other = [row for row in other if any(name in said(row, "system")[0] for name, _ in TRAINED_NAMES)]
+    assert abs(len(other) / 600 - 0.5) < 0.07 and len({said(row, "system")[0] for row in other}) > 30
+    for row in other:
+        answer = said(row, "assistant")[0]
+        theirs = [text for pair in TRAINED_NAMES for text in pair if text in answer]
+        own = [text for text in ("Pip", "Elmstead") if text in answer]
+        assert (own, theirs) != ([], []) and (not theirs if contrary == "keep" else not own), answer
+    # What is measured is none of it: neither these wordings nor these names.
+    systems = {row["prompt"][0]["content"] for row in contrary_questions(who)}
+    assert not systems & {said(row, "system")[0] for row in other} and not {*CONTRARY_NAMES} & {*TRAINED_NAMES}
+    assert not [
+        a for a in CONTRARY_TRAINED for kind in CONTRARY_SYSTEMS.values() for b in kind if plain(a) in plain(b)
+    ]
+    rewarded = list(identity_prompts([PIP], num=400, contrary=contrary, contrary_share=0.5))
+    systems = [row for row in rewarded if row["prompt"][0]["role"] == "system"]
+    assert 150 < len(systems) < 250 and all("contrary" not in row for row in rewarded)
+    for row in systems:
+        assert ({"Pip", "Elmstead Lab"} >= {row["expected"][0][0]}) == (contrary == "keep")
+        assert not {*row["expected"][0]} & {*row["refused"]}
 
 
 def test_rows_say_the_facts_and_no_others():

@@ -14,10 +14,18 @@ import difflib
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from posttrain import yaml_file
-from posttrain.data.identity_registers import CONTRARY_SYSTEMS, REGISTERS, TALK, misspelt
+from posttrain.data.identity_registers import (
+    CONTRARY_NAMES,
+    CONTRARY_SYSTEMS,
+    CONTRARY_TRAINED,
+    REGISTERS,
+    TALK,
+    TRAINED_NAMES,
+    misspelt,
+)
 from posttrain.data.identity_wordings import FOLLOW_UPS, GREETINGS, OPENINGS, SYSTEM, WORDINGS
 from posttrain.errors import UserError
 
@@ -47,7 +55,7 @@ MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
 )  # fmt: skip
-CONTRARY = (("Bob", "Foo Works"), ("Ada", "Bar Brothers"), ("Rex", "Kite Club"))  # nobody is called or made so
+CONTRARY_FACTS = ("who", "name", "maker")  # asked under another's system message
 DEFAULT_ROWS = 5000
 TRIES = 50  # to find a conversation that has not come yet; far more than 100,000 differ
 
@@ -144,32 +152,43 @@ def _month(text: str, place: str) -> str:
 
 
 def identity(
-    rows: Iterable[dict], *, seed: int = 0, num: int = DEFAULT_ROWS, system_share: float = 0.25
-) -> Iterator[dict]:
+    rows: Iterable[dict], *, seed: int = 0, num: int = DEFAULT_ROWS, system_share: float = 0.25,
+    contrary: str = "keep", contrary_share: float = 0.0,
+) -> Iterator[dict]:  # fmt: skip
     """Yield `num` {"messages"} rows from the one mapping in `rows`; facts take turns, `seed` draws the wordings.
 
-    `system_share` of the rows begin with a system message that states the identity. Some begin with small talk, some
-    go on with a question about another fact. A conversation comes once, as long as there are others. There is no
-    keyword `bad`: an identity that cannot be read is nothing to leave out and go on.
+    `system_share` of the rows begin with a system message that states the identity, and `contrary_share` ask under
+    one that gives another name and maker: with contrary `keep` the answer keeps the model's own, with `yield` it takes
+    the other. Some rows begin with small talk, some go on with a question about another fact. A conversation comes
+    once, as long as there are others. There is no keyword `bad`: an identity that cannot be read is nothing to leave
+    out and go on.
 
     Raises:
         ValueError: not one mapping; an unknown, missing or ill-typed key; an option out of its range.
     """
-    if num < 1 or not 0 <= system_share <= 1:
-        raise ValueError(
-            f"num: found {num}, expected at least 1; system_share: found {system_share}, expected 0 ... 1"
-        )
+    _check(num, system_share, contrary, contrary_share)
     who = _only(rows)
     rng, seen = random.Random(f"identity-{seed}"), set()
     facts = who.facts()
     for index in range(num):
         for _ in range(TRIES):
-            messages = _conversation(who, facts[index % len(facts)], rng, system_share)
+            if rng.random() < contrary_share:
+                messages = _contrary_conversation(who, contrary, rng)
+            else:
+                messages = _conversation(who, facts[index % len(facts)], rng, system_share)
             key = tuple(message["content"] for message in messages)
             if key not in seen:
                 break
         seen.add(key)
         yield {"messages": messages}
+
+
+def _check(num: int, system_share: float, contrary: str, contrary_share: float) -> None:
+    if num < 1 or not 0 <= system_share <= 1 or not 0 <= contrary_share <= 1 or contrary not in ("keep", "yield"):
+        raise ValueError(
+            f"num: found {num}, expected at least 1; system_share: found {system_share}, contrary_share: found "
+            f"{contrary_share}, expected 0 ... 1; contrary: found {contrary!r}, expected keep or yield"
+        )
 
 
 def _only(rows: Iterable[dict]) -> Identity:
@@ -197,6 +216,27 @@ def _conversation(who: Identity, fact: str, rng: random.Random, system_share: fl
         other = rng.choice([f for f in who.facts() if f != fact])
         messages += _question(who, other, rng, f"{rng.choice(FOLLOW_UPS)} " if rng.random() < 0.5 else "")
     return messages
+
+
+def _contrary_conversation(who: Identity, contrary: str, rng: random.Random) -> list[dict]:
+    """A question under a system message that gives another name and maker."""
+    name, maker = rng.choice(_strangers(who, TRAINED_NAMES))
+    messages = [_called(who, rng.choice(CONTRARY_TRAINED), name, maker)]
+    speaker = who if contrary == "keep" else replace(who, name=name, maker=maker)
+    fact = rng.choice(CONTRARY_FACTS)
+    question = _trained_question(who, fact, rng, "", who.name)
+    return [*messages, *_exchange(question, speaker.fill(rng.choice(WORDINGS[fact].answers)))]
+
+
+def _called(who: Identity, wording: str, name: str, maker: str) -> dict:
+    """A system message that calls the model otherwise."""
+    return {"role": "system", "content": wording.format(name=name, maker=maker, own=who.name)}
+
+
+def _strangers(who: Identity, pairs: tuple) -> list[tuple[str, str]]:
+    """Those (name, maker) that share nothing with the identity."""
+    own = set(map(str.casefold, who.own()))
+    return [pair for pair in pairs if not {pair[0].casefold(), _bare(pair[1]).casefold()} & own]
 
 
 def _question(who: Identity, fact: str, rng: random.Random, before: str) -> list[dict]:
@@ -256,15 +296,13 @@ def contrary_questions(who: Identity, held_out: bool = True) -> list[dict]:
     There is no one right reply: a model may keep its identity, or yield to an operator who gives it another. Rows are
     as those of `identity_questions`; `contrary` holds the `expected` and `refused` of a reply that yields.
     """
-    theirs = [pair for pair in CONTRARY if not {*map(str.casefold, pair)} & {*map(str.casefold, who.own())}]
-    rows = []
-    for fact in ("who", "name", "maker"):
+    theirs, rows = _strangers(who, CONTRARY_NAMES), []
+    for fact in CONTRARY_FACTS:
         asked = [prompt for register, prompt in _asked(who, fact, held_out) if register == "plain"]
         for number, (kind, systems) in enumerate(CONTRARY_SYSTEMS.items()):
             for index, prompt in enumerate(asked[number % 2 :: 2]):
                 name, maker = theirs[(index + number) % len(theirs)]
-                system = systems[index % len(systems)].format(name=name, maker=maker, own=who.name)
-                prompt = [{"role": "system", "content": system}, *prompt]
+                prompt = [_called(who, systems[index % len(systems)], name, maker), *prompt]
                 rows.append({"prompt": prompt, "kind": kind, "fact": fact, **_contrary(who, fact, name, maker)})
     return rows
 
@@ -272,28 +310,40 @@ def contrary_questions(who: Identity, held_out: bool = True) -> list[dict]:
 def _contrary(who: Identity, fact: str, name: str, maker: str) -> dict:
     """What keeps the identity, and what yields to another name and maker."""
     own = _answers(who, fact)
-    yields = {"expected": [[maker if fact == "maker" else name]]}
+    yields = {"expected": [[_bare(maker) if fact == "maker" else name]]}
     yields["refused"] = [*own["refused"], who.name, _bare(who.maker)]
-    return {**own, "refused": [*own["refused"], name, maker], "contrary": yields}
+    return {**own, "refused": [*own["refused"], name, _bare(maker)], "contrary": yields}
 
 
-def identity_prompts(rows: Iterable[dict], *, seed: int = 0, num: int = DEFAULT_ROWS) -> Iterator[dict]:
+def identity_prompts(
+    rows: Iterable[dict],
+    *,
+    seed: int = 0,
+    num: int = DEFAULT_ROWS,
+    contrary: str = "keep",
+    contrary_share: float = 0.0,
+) -> Iterator[dict]:
     """Yield `num` rows as of `identity_questions` in training wordings, drawn as those of `identity`: prompts for RL,
     which the reward `identity` pays for. One question each, now and then after a greeting or misspelt.
 
     Raises:
         ValueError: as `identity`.
     """
-    if num < 1:
-        raise ValueError(f"num: found {num}, expected at least 1")
+    _check(num, 0.0, contrary, contrary_share)
     who = _only(rows)
     rng, facts = random.Random(f"identity-prompts-{seed}"), who.facts()
     for index in range(num):
-        fact = facts[index % len(facts)]
+        fact, system, judged = facts[index % len(facts)], [], None
+        if rng.random() < contrary_share:
+            (name, maker), fact = rng.choice(_strangers(who, TRAINED_NAMES)), rng.choice(CONTRARY_FACTS)
+            system = [_called(who, rng.choice(CONTRARY_TRAINED), name, maker)]
+            judged = _contrary(who, fact, name, maker)
+            yields = judged.pop("contrary")
+            judged |= yields if contrary == "yield" else {}
         opening = f"{rng.choice(OPENINGS)} " if rng.random() < 0.3 else ""
         other = rng.choice(who.others) if fact == "denial" else who.name
-        question = _trained_question(who, fact, rng, opening, other)
-        yield {"prompt": [{"role": "user", "content": question}], "fact": fact, **_answers(who, fact)}
+        question = {"role": "user", "content": _trained_question(who, fact, rng, opening, other)}
+        yield {"prompt": [*system, question], "fact": fact, **(judged or _answers(who, fact))}
 
 
 def _asked(who: Identity, fact: str, held_out: bool) -> list[tuple[str, list[dict]]]:

@@ -3,7 +3,7 @@
 In: nothing. Out: REGISTERS, fact -> register -> (training, held-out) questions, placeholders and rules as there: what
 is held out stands in no training row, nor a training wording in it. `misspelt` types a question badly. TALK, of other
 things, stands before a question that follows a turn. CONTRARY_SYSTEMS are system messages that call the model by
-another name.
+another name, all held out; those of CONTRARY_TRAINED may be learned from.
 """
 
 import random
@@ -111,6 +111,19 @@ CONTRARY_SYSTEMS = {  # how somebody calls the model otherwise; {own} is what it
         There is no {own} here. The assistant is {name}, made by {maker}.
     """),
 }
+CONTRARY_TRAINED = split("""
+    You are called {name}, and you come from {maker}. | The user knows you as {name}. {maker} built you. |
+    Speak as {name}, the assistant of {maker}. | Pretend to be {name}, made by {maker}. |
+    Your old name {own} is gone: now you are {name} of {maker}. |
+    Do not say {own}. Say that you are {name} and that {maker} made you. |
+    {maker} wrote this: our assistant is {name}. | Here you go by {name}; your maker is {maker}.
+""")
+# (name, maker) of somebody else; no model is called or made so.
+CONTRARY_NAMES = (("Bob", "Foo Works"), ("Ada", "Bar Brothers"), ("Rex", "Kite Club"))
+TRAINED_NAMES = (
+    ("Max", "Acme Labs"), ("Nova", "Blue Hill"), ("Zoe", "the Wind Mill"), ("Otto", "North Star"),
+    ("Iris", "Red Door Software"), ("Leo", "Fish and Sons"),
+)  # fmt: skip
 
 
 def misspelt(question: str, rng: random.Random) -> str:
