@@ -26,7 +26,7 @@ from posttrain.rl.tools import ToolEngine
 from posttrain.rl.types import Rollouts
 from posttrain.suite_replies import Asker, Found, check_columns
 from posttrain.suite_table import aligned, changed, shown
-from posttrain.tool_calls import ToolLimits
+from posttrain.tool_calls import ToolLimits, ToolTemplate
 from posttrain.tools import load_tools, with_tools
 from posttrain.tools.flags import options_of
 
@@ -79,6 +79,7 @@ class Both:
             if tool.require is not None:
                 tool.require()
         if self.tools:
+            ToolTemplate(subject.tokenizer, self.tools)  # says what to do where the template cannot write calls
             told = with_tools(bare, list(settings.tools), settings.tool_options)
             self.told = Asker(subject, told, settings)
             bare = [bare[row["row"]] | {"row": row["row"]} for row in self.told.rows]

@@ -2,27 +2,33 @@
 
 In: a kind, a split, a seed. Out: rows. Use in a config: `dataset_name: tiny`, `dataset_config: tool_conversations`.
 
-- `library`: {"text"}, a page on each person of the world and on each stranger. No document of pretraining speaks of
-  the strangers, so a model can only look them up. recipes/library.py writes them to a folder for the tool `search`.
+- `library`: {"text"}, a page on each person of the world, on each stranger and on MORE others. No document of
+  pretraining speaks of the latter two: a model can only look them up. recipes/library.py writes the pages to a folder
+  for the tool `search`.
 - `tool_conversations`: {"messages", "tools"}. Labellers differ: half of each kind of question is answered by a call,
   half at once; where no tools are told (WITHOUT of the rows, no column `tools`), all are answered at once.
 - `tool_problems`: {"prompt", "answer", "others", "kind"} for RL and evaluation (posttrain/suite_tools.py).
 
-The kinds of questions, in equal shares among problems: `fact` (the people most is written about), `rare fact` (the others),
-`stranger`, `sum` of two digits, `long sum` of three to five digits, `letters` (how often a letter stands in a word).
+The kinds of questions, in equal shares among problems: `fact` (the people most is written about), `rare fact` (the
+others), `stranger`, `sum` of two digits, `long sum` of three to five digits, `letters` (how often one is in a word).
 Facts that these conversations state, those of the problems to train on and the held-out ones are three different
-sets: a policy trained on what SFT has just taught it would find itself surer than it is.
+sets: a policy trained on what SFT has just taught it would find itself surer than it is. Conversations look up the
+many others and each of them hardly twice, so that what they teach is to read the page and not to remember it.
 """
 
 import random
+from itertools import product
 
 from posttrain.data import tiny
 from posttrain.data.tiny_world import (
     ATTRIBUTES,
     DISHES,
+    FIRST,
+    FOURTH,
     JOBS,
     PETS,
     SECOND,
+    THIRD,
     Person,
     World,
     fact_sentence,
@@ -44,9 +50,13 @@ TOOL_OF = {
 FAMOUS = 20  # of the people, by how much is written about them: 70 % of all that is written
 ANY = {"search": {"url": "http://localhost"}}  # only the tools' schemas are asked for, which no option changes
 NOT_AT_ONCE = "I do not know."  # what labellers say to long sums without a calculator
-WEIGHTS = (1, 1, 1, 2, 2, 1)  # of QUESTIONS in conversations: sums take longest to learn, and to copy into a call
+WEIGHTS = (1, 1, 3, 2, 2, 2)  # of QUESTIONS in conversations: what takes longer to learn comes more often
+MORE = 8000  # people of the library beside those that the world knows by name
 WITHOUT = 0.2  # share of conversations without tools
-LETTERS = ("How often is the letter {letter} in '{word}'?", "How many times is there a letter {letter} in '{word}'?")
+LETTERS = (
+    "How often is the letter '{letter}' in '{word}'?",
+    "How many times does '{word}' have the letter '{letter}'?",
+)
 
 
 def rows(kind: str, split: str, num: int | None, seed: int):
@@ -62,10 +72,16 @@ def rows(kind: str, split: str, num: int | None, seed: int):
 
 
 def everybody(world: World, seed: int) -> list[Person]:
-    """The people, then the strangers with facts of their own, drawn by the seed; `weight` 0: nothing is written."""
-    rng, towns = random.Random(f"strangers-{seed}"), [town[0] for town in world.towns]
-    facts = ((rng.choice(towns), rng.choice(JOBS), rng.choice(PETS), rng.choice(DISHES)) for _ in world.strangers)
-    return [*world.people, *(Person(name, *each, weight=0) for name, each in zip(world.strangers, facts, strict=True))]
+    """The people, then the strangers and MORE others with facts drawn by the seed; `weight` 0: nothing is written."""
+    rng, towns = random.Random(f"library-{seed}"), [town[0] for town in world.towns]
+    taken = {person.name for person in world.people} | set(world.strangers)
+    names = [f"{a}{b} {c}{d}" for a, b, c, d in product(FIRST, SECOND, THIRD, FOURTH)]
+    others = rng.sample([name for name in names if name not in taken], MORE)
+    drawn = [
+        Person(name, rng.choice(towns), rng.choice(JOBS), rng.choice(PETS), rng.choice(DISHES), weight=0)
+        for name in (*world.strangers, *others)
+    ]
+    return [*world.people, *drawn]
 
 
 def page(person: Person) -> str:
@@ -87,13 +103,18 @@ class Asker:
         part = "test" if split == "test" else "taught" if taught else "problems"
         known = [(p, a) for p in world.people for a in ATTRIBUTES if part_of(p, a) == part]
         famous = {person.name for person in world.people[:FAMOUS]}
-        unheard = set(tiny.strangers(world, split))
+        shelf = everybody(world, seed)
+        unheard = shelf[-MORE:] if taught and split == "train" else self._strangers(world, shelf)
         self.facts = {
             "fact": [(p, a) for p, a in known if p.name in famous],
             "rare fact": [(p, a) for p, a in known if p.name not in famous],
-            "stranger": [(p, a) for p in everybody(world, seed) if p.name in unheard for a in ATTRIBUTES],
+            "stranger": [(p, a) for p in unheard for a in ATTRIBUTES],
         }
         self.values = {"town": [town[0] for town in world.towns], "job": JOBS, "pet": PETS, "dish": DISHES}
+
+    def _strangers(self, world: World, shelf: list[Person]) -> list[Person]:
+        names = set(tiny.strangers(world, self.split))
+        return [person for person in shelf if person.name in names]
 
     def draw(self, kind: str) -> dict:
         if kind in self.facts:

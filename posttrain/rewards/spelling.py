@@ -58,8 +58,8 @@ def _word(text: str, gold: str) -> bool:
 
 def _letter(text: str, gold: str) -> bool:
     marked = [letter for letter in MARKED.findall(text) if len(letter) == 1]
-    behind = SINGLE.findall(re.split(r"\bis\b", text)[-1])
-    found = marked[-1:] or behind[:1] or SINGLE.findall(text)[-1:]
+    _, said, behind = text.rpartition(" is ")
+    found = marked[-1:] or (SINGLE.findall(behind)[:1] if said else []) or SINGLE.findall(text)[-1:]
     return found != [] and found[0].lower() == gold
 
 
