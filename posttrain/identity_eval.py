@@ -211,7 +211,9 @@ def measure_identity(
     replies = [texts[start : start + num] for start in range(0, len(texts), num)]
     sides = _shares(rows, replies)
     right, kept = ([share for _, share in sides[name]] for name in (RIGHT, KEPT))
-    return Asked(identity_metrics(rows, replies), right, kept, _samples(rows, replies))
+    about = {"dataset": str(path), "split": "held-out wordings"}  # not the stage's own held-out rows
+    metrics = {name: figure | about for name, figure in identity_metrics(rows, replies).items()}
+    return Asked(metrics, right, kept, _samples(rows, replies))
 
 
 def log_numbers(asked: Asked) -> dict[str, float]:

@@ -85,17 +85,19 @@ def _results(file: Path, task: tuple[str, str], data: dict, metrics, args: dict)
         value = _value(file, name, figure)
         if value is None:
             continue
-        dataset = figure.get("dataset") or data.get("name") or "held-out rows"
+        same = figure.get("dataset") in (None, data.get("name"))
+        source = data if same else {"name": figure["dataset"]}  # a figure of other rows names them
+        dataset = source.get("name") or "held-out rows"
         unit = figure.get("unit") or ""
         results.append(
             EvalResult(
                 task_type=task[0],
                 task_name=task[1],
                 dataset_type=_type(dataset),
-                dataset_name=_pretty(dataset, data),
-                dataset_config=data.get("config"),
-                dataset_split=figure.get("split") or data.get("split"),
-                dataset_revision=_commit(data.get("revision")),
+                dataset_name=_pretty(dataset, source),
+                dataset_config=source.get("config"),
+                dataset_split=figure.get("split") or source.get("split"),
+                dataset_revision=_commit(source.get("revision")),
                 metric_type=re.sub(r"[^\w@.]+", "_", name).strip("_").lower(),
                 metric_name=f"{name}, {unit}" if unit else name,
                 metric_value=value,

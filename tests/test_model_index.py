@@ -68,3 +68,12 @@ def test_a_folder_without_figures_has_none_and_a_broken_file_is_named(tmp_path):
     (tmp_path / "evals/math.json").write_text("{")
     with pytest.raises(UserError, match="evals/math.json is no valid JSON"):
         eval_results(tmp_path)
+
+
+def test_a_figure_of_other_rows_names_them_and_not_the_stage_s(tmp_path):
+    who = {**SHARE, "dataset": "my/recipes/identity.yaml", "split": "held-out wordings"}
+    stage(tmp_path, {"pass@1": {**SHARE, "dataset": "tiny", "split": "test"}, "identity right": who})
+    sums, identity = eval_results(tmp_path)
+    assert (sums.dataset_name, sums.dataset_config, sums.dataset_split) == ("tiny (problems)", "problems", "test")
+    assert (identity.dataset_name, identity.dataset_config) == ("identity.yaml", None)
+    assert identity.dataset_split == "held-out wordings"
