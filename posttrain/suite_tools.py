@@ -30,7 +30,8 @@ from posttrain.tool_calls import ToolLimits, ToolTemplate
 from posttrain.tools import load_tools, with_tools
 from posttrain.tools.flags import options_of
 
-WITH, WITHOUT, CALLS, FAILED = "right with tools", "right without tools", "replies that call", "calls that fail"
+WITH, WITHOUT, CALLS = "right with tools", "right without tools", "replies that call"
+UNASKED = "replies that call without tools"
 NEEDED = 0.5
 SHOWN_KINDS = 3  # replies of each kind kept to look at
 
@@ -75,17 +76,21 @@ class Both:
         self.subject, self.settings = subject, settings
         bare = [{key: value for key, value in row.items() if key != "tools"} for row in rows]
         self.tools, self.told = load_tools(list(settings.tools), settings.tool_options), None
+        self.template: ToolTemplate | None = None
         for tool in self.tools:
             if tool.require is not None:
                 tool.require()
         if self.tools:
-            ToolTemplate(subject.tokenizer, self.tools)  # says what to do where the template cannot write calls
+            self.template = ToolTemplate(subject.tokenizer, self.tools)
             told = with_tools(bare, list(settings.tools), settings.tool_options)
             self.told = Asker(subject, told, settings)
-            bare = [bare[row["row"]] | {"row": row["row"]} for row in self.told.rows]
+            bare = [bare[row["row"]] for row in self.told.rows]  # those that have room beside the tools
         self.bare = Asker(subject, bare, settings)
-        if self.told is not None and len(self.bare.rows) < len(self.told.rows):
-            raise UserError("a prompt without tools is longer than the same one with them; expected it shorter")
+        if self.told is not None:
+            if len(self.bare.rows) < len(bare):
+                raise UserError("a prompt without tools is longer than the same one with them; expected it shorter")
+            for row, told in zip(self.bare.rows, self.told.rows, strict=True):
+                row["row"] = told["row"]
 
     def replies(self) -> dict[str, Rollouts]:
         """WITH (where there are tools) and WITHOUT -> num_generations replies to each row, side by side."""
@@ -116,6 +121,7 @@ def measure(subject, rows: list[dict], settings: Settings) -> Found:
             if any(value is not None for value in inside):
                 found.by_row[f"{name}{place}"] = inside
     found.by_row["replies with a failed call"] = share(replies[WITH], lambda one: one.failed_calls > 0)
+    found.by_row[UNASKED] = share(replies[WITHOUT], lambda one: bool(both.template.read(one.ids)))
     found.by_row["replies that end"] = share(replies[WITH], lambda one: one.stop == "stop")
     found.metrics = {
         name: measured([v for v in column if v is not None], "%") for name, column in found.by_row.items()
@@ -187,7 +193,10 @@ def lines(result) -> list[str]:
             cells = [shown(found.metrics.get(f"{name}{place}")) for name in columns]
             more = [changed(result.changes.get(f"{name}{place}")) for name in (WITH, CALLS) if result.changes]
             rows.append([place.removeprefix(", ") or "all", str(count), *cells, *more])
-    return aligned(rows)
+    unasked = found.metrics[UNASKED]
+    return (
+        [*aligned(rows), f"told of no tools {shown(unasked)} call all the same"] if unasked["value"] else aligned(rows)
+    )
 
 
 EXPLAINED = (

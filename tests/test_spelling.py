@@ -124,3 +124,16 @@ def test_the_suite_by_kind_and_by_density(base_tokenizer, tmp_path, capsys):
     assert command(["eval", "--again", str(folder / "evals" / "spelling.json")]) == 0
     with pytest.raises(UserError, match="chat template cannot write tool calls"):
         command(["eval", str(folder), "--suite", "spelling", "--tools", "python", *ask])
+
+
+def test_a_base_model_is_asked_after_solved_questions(base_tokenizer, tmp_path):
+    folder = tmp_path / "base"
+    save_pair(new_llama(base_tokenizer), base_tokenizer, folder)
+    assert command(["eval", str(folder), "--suite", "spelling", "--rows", "7", "--max_tokens", "6"]) == 0
+    found = json.loads((folder / "evals" / "spelling.json").read_text())
+    assert found["metrics"]["right"]["n"] == 7 and "replies that end" not in found["metrics"]
+    (row,) = rows_of(num=1)
+    asked = tokens_per_character(base_tokenizer, row, False)
+    text = row["few_shot"]
+    pieces = base_tokenizer(text[: text.rindex(row["word"])])["input_ids"], base_tokenizer(text)["input_ids"]
+    assert asked <= (len(pieces[1]) - len(pieces[0]) + 1) / len(row["word"])

@@ -186,6 +186,7 @@ def test_the_suite_tells_needed_calls_from_others(caller, tmp_path, capsys):
         {"prompt": conversation(index, True)[:1], "answer": str(2 * index), "kind": "easy" if index < EASY else "hard"}
         for index in range(len(WORDS))
     ]
+    rows.insert(0, {**rows[0], "prompt": [{"role": "user", "content": "too long " * 200}]})  # it is left out
     file = tmp_path / "sums.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--tools", "calculator", "--temperature", "0", "--num_generations", "1", "--use_vllm", "false")
@@ -202,8 +203,11 @@ def test_the_suite_tells_needed_calls_from_others(caller, tmp_path, capsys):
     for group in (", call not needed", ", easy"):
         assert figures[f"replies that call{group}"] == 0 and figures[f"right without tools{group}"] == 1
     assert found["details"]["groups"] == {"": 6, ", call needed": 4, ", call not needed": 2, ", easy": 2, ", hard": 4}
-    assert "<|call|>calculator 3+3<|end_call|>" in [sample["reply"] for sample in found["samples"]][3]
-    assert "call needed      4" in capsys.readouterr().out
+    called = next(sample for sample in found["samples"] if "<|call|>calculator 3+3<|end_call|>" in sample["reply"])
+    assert called["row"] == 4 and called["right"] and called["calls"] == 1  # rows are counted with the one left out
+    assert figures["replies that call without tools"] == 0
+    said = capsys.readouterr().out
+    assert "call needed      4" in said and "1 of 7 prompts are too long and left out" in said
 
 
 def test_the_suite_wants_tools_and_answers(caller, tmp_path):

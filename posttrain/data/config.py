@@ -28,7 +28,7 @@ class DataConfig:
     """Data: what the stage learns from"""
 
     dataset_name: str | None = arg(
-        None, help="tiny; a file, a folder or a pattern such as 'data/*.jsonl.zst'; or a name on the Hub"
+        None, help="tiny or spelling; a file, a folder or a pattern such as 'data/*.jsonl.zst'; or a name on the Hub"
     )
     dataset_config: str | None = arg(
         None, help="kind of tiny rows (documents, conversations, ...), the Hub's config, or a folder's subfolder"
