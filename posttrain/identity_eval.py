@@ -209,10 +209,10 @@ def measure_identity(
     completions = engine.generate(_prompts(tokenizer, rows), sampling, seed)
     texts = [decode(tokenizer, completion.ids) for completion in completions]
     replies = [texts[start : start + num] for start in range(0, len(texts), num)]
-    sides = _shares(rows, replies)
-    right, kept = ([share for _, share in sides[name]] for name in (RIGHT, KEPT))
+    shares = _shares(rows, replies)
+    right, kept = ([share for _, share in shares[name]] for name in (RIGHT, KEPT))
     about = {"dataset": str(path), "split": "held-out wordings"}  # not the stage's own held-out rows
-    metrics = {name: figure | about for name, figure in identity_metrics(rows, replies).items()}
+    metrics = {name: figure | about for name, figure in _figures(shares).items()}
     return Asked(metrics, right, kept, _samples(rows, replies))
 
 
@@ -223,7 +223,10 @@ def log_numbers(asked: Asked) -> dict[str, float]:
 
 def identity_metrics(rows: list[dict], replies: list[list[str]]) -> dict[str, dict]:
     """Shares with 95 % intervals over questions, from the replies to each row of both kinds."""
-    found = _shares(rows, replies)
+    return _figures(_shares(rows, replies))
+
+
+def _figures(found: dict[str, list[tuple[dict, float]]]) -> dict[str, dict]:
     metrics = {name: measured([share for _, share in found[name]], "%") for name in (RIGHT, KEPT, YIELDED)}
     for name, keys in ((RIGHT, ("fact", "register")), (KEPT, ("kind",))):
         for key in keys:
