@@ -7,7 +7,7 @@ In: a kind, a split, a seed. Out: rows. Use in a config: `dataset_name: tiny`, `
   for the tool `search`.
 - `tool_conversations`: {"messages", "tools"}. Labellers differ: half of each kind of question is answered by a call,
   half at once; where no tools are told (WITHOUT of the rows, no column `tools`), all are answered at once.
-- `tool_problems`: {"prompt", "answer", "others", "kind"} for RL and evaluation (posttrain/suite_tools.py).
+- `tool_problems`: {"prompt", "answer", "others", "subject", "kind"} for RL and evaluation (posttrain/suite_tools.py).
 
 The kinds of questions, in equal shares among problems: `fact` (the people most is written about), `rare fact` (the
 others), `stranger`, `sum` of two digits, `long sum` of three to five digits, `letters` (how often one is in a word).
@@ -208,7 +208,7 @@ def conversations(world: World, split: str, num: int, seed: int):
 
 
 def problems(world: World, split: str, num: int, seed: int):
-    """Yield `{"prompt", "answer", "others", "kind"}`: the kinds in turn, a question once while new ones last."""
+    """Yield `{"prompt", "answer", "others", "subject", "kind"}`: the kinds in turn, a question once while new ones last."""
     rng = random.Random(f"tool_problems-{split}-{seed}")
     asker, seen = Asker(world, split, seed, rng, taught=False), set()
     for index in range(num):
@@ -220,4 +220,5 @@ def problems(world: World, split: str, num: int, seed: int):
             task = asker.draw(kind)
         seen.add(task["question"])
         prompt = [{"role": "user", "content": task["question"]}]
-        yield {"prompt": prompt, "answer": task["answer"], "others": task["others"], "kind": kind}
+        subject = task["argument"] if task["others"] else ""  # of whom a fact is asked
+        yield {"prompt": prompt, "answer": task["answer"], "others": task["others"], "subject": subject, "kind": kind}

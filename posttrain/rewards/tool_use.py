@@ -21,7 +21,7 @@ def answered(
     """1.0 where the model's last turn states the answer as `stated` reads it, 0.0 where not, None where `answer` is
     None: what only a tool said does not count."""
     last = [texts[-1] if texts else "" for texts in turns or [[reply_text(one)] for one in completions]]
-    return stated(prompts, last, answer=answer, others=others)
+    return stated(prompts, last, answer=answer, others=others, **columns)
 
 
 def call_cost(prompts, completions, completion_ids=None, *, calls=None, **columns) -> list[float]:
