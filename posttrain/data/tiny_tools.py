@@ -208,7 +208,7 @@ def conversations(world: World, split: str, num: int, seed: int):
 
 
 def problems(world: World, split: str, num: int, seed: int):
-    """Yield `{"prompt", "answer", "others", "subject", "kind"}`: the kinds in turn, a question once while new ones last."""
+    """Yield the rows of `tool_problems`: the kinds in turn, a question once while new ones last."""
     rng = random.Random(f"tool_problems-{split}-{seed}")
     asker, seen = Asker(world, split, seed, rng, taught=False), set()
     for index in range(num):
