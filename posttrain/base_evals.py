@@ -131,12 +131,17 @@ def few_shot_answers(engine, tokenizer, prompts: list[str], max_tokens: int, roo
     UserError where a prompt and its answer are more than `room` tokens.
     """
     ids = [document_start(tokenizer) + _ids(tokenizer, text) for text in prompts]
-    longest = max(map(len, ids)) + max_tokens
+    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    found = greedy_replies(engine, ids, max_tokens, ends, room, seed)
+    return [first_line(tokenizer.decode(c.ids, skip_special_tokens=True)) for c in found]
+
+
+def greedy_replies(engine, prompts: list[list[int]], max_tokens: int, ends, room: int, seed: int) -> list[Completion]:
+    """The likeliest continuation of each prompt. UserError where one and its answer are more than `room` tokens."""
+    longest = max(map(len, prompts)) + max_tokens
     if longest > room:
         raise UserError(
             f"a prompt and its answer take {longest} tokens, the model's context has {room}: show fewer or shorter "
             "examples, or ask for shorter answers (--max_tokens)"
         )
-    ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    found = engine.generate(ids, Sampling(1, max_tokens, ends, temperature=0.0), seed)
-    return [first_line(tokenizer.decode(c.ids, skip_special_tokens=True)) for c in found]
+    return engine.generate(prompts, Sampling(1, max_tokens, tuple(ends), temperature=0.0), seed)

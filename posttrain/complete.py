@@ -36,6 +36,9 @@ def add_verb(verbs, debug: argparse.ArgumentParser) -> None:
         "--few_shot", metavar="FILE", help="solved examples before the prompt: JSONL rows or a .txt block"
     )
     verb.add_argument("--num_fewshot", type=int, help="the first so many rows of it; default: all")
+    verb.add_argument(
+        "--few_shot_format", metavar="TEXT", help=r"of its rows and the prompt: 'Human: {input}\nAssistant: {output}'"
+    )
     verb.add_argument("--n", type=int, default=1, help="continuations; default: %(default)s")
     verb.add_argument("--temperature", type=float, default=1.0, help="0 is greedy; default: %(default)s")
     verb.add_argument("--top_k", type=int, default=0, help="draw from the K likeliest tokens; default: 0, all")
@@ -79,15 +82,19 @@ class Continuation:
 def run(options) -> int:
     """Complete as the flags say; returns the exit code 0. Raises UserError for what cannot be."""
     from posttrain.decoding import check_settings
-    from posttrain.few_shot import before_prompt
+    from posttrain.few_shot import Form, before_prompt
 
     check_settings(options.temperature, options.top_p, options.max_new_tokens, options.top_k)
     if options.n < 1:
         raise UserError(f"--n: found {options.n}, expected 1 or more")
     if options.n > 1 and options.temperature == 0:
         raise UserError(f"--n: found {options.n} at --temperature 0, where all are alike; leave one of them out")
-    examples = before_prompt(options.few_shot, options.num_fewshot) if options.few_shot else ""
+    form = Form.read(options.few_shot_format)
+    if options.few_shot_format is not None and not (options.few_shot or "").endswith(".jsonl"):
+        raise UserError(f"--few_shot_format: needs --few_shot with a .jsonl file, found {options.few_shot}")
+    examples = before_prompt(options.few_shot, options.num_fewshot, form) if options.few_shot else ""
     prompt = read_prompt(options.prompt, options.prompt_file)
+    prompt = prompt if options.few_shot_format is None else form.question(prompt)
     stops = [*map(unescaped, options.stop), *(["\n"] if examples else [])]
     decoding = Decoding(options.temperature, options.top_p, options.top_k, options.max_new_tokens, tuple(stops))
     seed = secrets.randbits(31) if options.seed is None else options.seed
@@ -213,8 +220,8 @@ class Completer:
         import torch
 
         from posttrain.decoding import sample
-        from posttrain.rl.engine import sample_seed
         from posttrain.reply import TextStream
+        from posttrain.rl.engine import sample_seed
 
         generator = torch.Generator().manual_seed(sample_seed(seed, number))
         stream, gate = TextStream(self.tokenizer), StopGate(how.stops)

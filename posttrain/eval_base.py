@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from posttrain import base_evals
+from posttrain import base_evals, few_shot_eval
 from posttrain.bestof import Study
 from posttrain.data import DataConfig, load_rows
 from posttrain.errors import UserError
 from posttrain.intervals import measured, measured_ratio
 from posttrain.models import load_config
 
-SHOWN = 4  # rows of --few_shot that are shown unless --num_fewshot says otherwise
 MOST_TOKENS = 64  # of an answer to --few_shot unless --max_tokens says otherwise
 TINY_TOKENS = 512  # room for the questions of --suite tiny and their answers
 
@@ -74,9 +73,9 @@ def report(options) -> str:
 def measure(options) -> Found:
     """What the options ask for; flags, files and data are looked at before the model is loaded."""
     options.split, options.max_tokens = options.split or "test", options.max_tokens or MOST_TOKENS
-    tasks, examples, found = harness_settings(options), shown_examples(options), Found()
-    wanted = regurgitation_settings(options)
-    if not (options.data or options.suite or examples or tasks):
+    tasks, asked, found = harness_settings(options), few_shot_eval.settings(options), Found()
+    again = regurgitation_settings(options)
+    if not (options.data or options.suite or asked or tasks):
         raise UserError(
             "nothing to measure: give --suite NAME, --data (texts, for bits per byte), --few_shot FILE, "
             "--regurgitation or --tasks A,B"
@@ -92,15 +91,15 @@ def measure(options) -> Found:
     subject = Subject(options)
     jobs = [
         (held_out, 0, lambda: bits(subject, held_out, trained, found)),
-        (examples, subject.context, lambda: few_shot(subject, examples, found)),
+        (asked, subject.context, lambda: few_shot_eval.measure(subject, asked, found)),
         (of_the_world, TINY_TOKENS, lambda: sums(subject, found)),
         (options.suite == "tiny", TINY_TOKENS, lambda: tiny(subject)),
-        (wanted, wanted and wanted.size + 1, lambda: regurgitation(subject, trained, held_out, wanted, found)),
+        (again, again and again.size + 1, lambda: regurgitation(subject, trained, held_out, again, found)),
         (tasks, 0, lambda: harness(subject, tasks, found)),
     ]
-    asked = [(longest, job) for given, longest, job in jobs if given]
-    subject.longest = max(longest for longest, _ in asked)
-    for _, job in asked:
+    wanted = [(longest, job) for given, longest, job in jobs if given]
+    subject.longest = max(longest for longest, _ in wanted)
+    for _, job in wanted:
         found.metrics |= job()
     found.rows = list(range(max(map(len, found.by_row.values()), default=0)))
     return found
@@ -153,40 +152,6 @@ def bits(subject: Subject, held_out: list[str], trained: list[str], report: Foun
             list(filter(None, held_out))
         )
     return found
-
-
-def shown_examples(options) -> list:
-    """The rows of --few_shot. UserError where they are not more than are shown."""
-    from posttrain.few_shot import read_examples
-
-    if not options.few_shot:
-        return []
-    examples, shown = read_examples(options.few_shot), num_shown(options)
-    if not 0 <= shown < len(examples):
-        raise UserError(
-            f"--num_fewshot: found {shown}, and {options.few_shot} has {len(examples)} rows: the first "
-            "--num_fewshot are shown and all others asked, so give fewer, or a file with more rows"
-        )
-    return examples
-
-
-def num_shown(options) -> int:
-    return SHOWN if options.num_fewshot is None else options.num_fewshot
-
-
-def few_shot(subject: Subject, examples: list, found: Found) -> dict:
-    """The share of questions that are answered word for word, after the first rows as examples."""
-    options, shown = subject.options, num_shown(subject.options)
-    before = "".join(example.line for example in examples[:shown])
-    asked = examples[shown:]
-    answers = base_evals.few_shot_answers(
-        subject.engine, subject.tokenizer, [before + e.input for e in asked], options.max_tokens, subject.context,
-        options.seed,
-    )  # fmt: skip
-    pairs = list(zip(asked, answers, strict=True))
-    found.more["answers"] = [{"input": e.input, "output": e.output, "answer": answer} for e, answer in pairs]
-    right = [float(answer == e.output) for e, answer in pairs]
-    return {f"exact match after {shown} example{'' if shown == 1 else 's'}": measured(right, "%")}
 
 
 def sums(subject: Subject, found: Found) -> dict:
@@ -253,9 +218,11 @@ def harness_settings(options):
     if options.tasks is None:
         return None
     names = tuple(filter(None, (name.strip() for name in options.tasks.split(","))))
-    settings = Settings(
-        names, options.include_path, options.num_fewshot, options.limit, options.batch_size, options.seed
-    )
+    given = options.num_fewshot
+    if isinstance(given, list) and len(given) > 1:
+        raise UserError(f"--num_fewshot: found {len(given)} numbers, and --tasks takes one; give one")
+    shots = given[0] if isinstance(given, list) else given
+    settings = Settings(names, options.include_path, shots, options.limit, options.batch_size, options.seed)
     check(settings)
     return settings
 

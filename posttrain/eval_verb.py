@@ -114,7 +114,18 @@ def _add_base(group) -> None:
     group.add_argument(
         "--few_shot", metavar="FILE", help="JSONL of input and output: the first rows are shown, all others asked"
     )
-    group.add_argument("--num_fewshot", type=int, help="rows shown; default: 4, or what a task of --tasks says")
+    group.add_argument(
+        "--num_fewshot", type=int, nargs="+", metavar="N",
+        help="rows shown, several numbers for a curve; default: 4, or what a task of --tasks says",
+    )  # fmt: skip
+    group.add_argument(
+        "--few_shot_format", metavar="TEXT",
+        help=r"such as 'Human: {input}\nAssistant: {output}'; default: '{input} {output}'",
+    )  # fmt: skip
+    group.add_argument("--as_turns", action="store_true", help="of a chat model: examples and question as turns")
+    group.add_argument(
+        "--similarity", nargs="+", choices=("chrf", "bleu"), help="how near answers are to the outputs; needs [eval]"
+    )
     group.add_argument("--use_vllm", default="auto", choices=("auto", "true", "false"), help="default: %(default)s")
 
 

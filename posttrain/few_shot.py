@@ -1,8 +1,9 @@
-"""Solved examples before a question: how a base model, which knows no turns, is told what is wanted of it.
+r"""Solved examples before a question: how a base model, which knows no turns, is told what is wanted of it.
 
 In: a file, JSONL with {"input", "output"} a row (or {"prompt", "answer"}), or a block of plain text (.txt).
-Out: the text that stands before a question. A row becomes one line, input, a space, output, so that an answer ends at
-the first line break. Used by `posttrain complete --few_shot FILE` and `posttrain eval --few_shot FILE`.
+Out: the text that stands before a question. A row becomes one line, input, a space, output, or what `Form` makes of
+it, such as a talk, 'Human: {input}\nAssistant: {output}'; an answer ends at the first line break. Used by `posttrain
+complete --few_shot FILE` and `posttrain eval --few_shot FILE`.
 """
 
 import json
@@ -16,18 +17,46 @@ NAMES = (("input", "output"), ("prompt", "answer"))
 
 @dataclass(frozen=True)
 class Example:
-    """A question and its answer, which is one line."""
+    """A question and its answer, which is one line; where the row has them, what a right reply states (`answer`) and
+    what it must not state besides (`others`; None: the answer is a number or a formula)."""
 
     input: str
     output: str
-
-    @property
-    def line(self) -> str:
-        return f"{self.input} {self.output}\n"
+    answer: str | None = None
+    others: tuple[str, ...] | None = None
 
 
-def before_prompt(path: str, num: int | None = None) -> str:
-    """The text to put before a prompt: a line for each of the first `num` rows (None: all), or the block of a .txt
+@dataclass(frozen=True)
+class Form:
+    """How a row is written: `head`, the input, `middle`, the output, a line break."""
+
+    head: str = ""
+    middle: str = " "
+
+    @classmethod
+    def read(cls, text: str | None) -> "Form":
+        r"""From 'Human: {input}\nAssistant: {output}', \n a line break; None: the usual form, '{input} {output}'."""
+        if text is None:
+            return cls()
+        head, first, rest = text.replace("\\n", "\n").partition("{input}")
+        middle, second, tail = rest.partition("{output}")
+        if not (first and second and middle) or tail or "{input}" in middle:
+            raise UserError(
+                f"--few_shot_format: found {text!r}, expected {{input}}, text between, and {{output}} at the end, "
+                r"such as 'Human: {input}\nAssistant: {output}'"
+            )
+        return cls(head, middle)
+
+    def example(self, row: Example) -> str:
+        return f"{self.head}{row.input}{self.middle}{row.output}\n"
+
+    def question(self, text: str) -> str:
+        """Up to where the output begins; the blank before it belongs to the answer's first token."""
+        return f"{self.head}{text}{self.middle.rstrip(' ')}"
+
+
+def before_prompt(path: str, num: int | None = None, form: Form | None = None) -> str:
+    """The text to put before a prompt: each of the first `num` rows (None: all) in its form, or the block of a .txt
     file, closed by a line break. Raises UserError for a file that cannot be read or is neither.
     """
     if Path(path).suffix == ".txt":
@@ -35,7 +64,7 @@ def before_prompt(path: str, num: int | None = None) -> str:
             raise UserError(f"--num_fewshot: found {num}, but {path} is a block of text without rows; leave it out")
         block = read_text(path, "--few_shot")
         return block if block.endswith("\n") else block + "\n"
-    return "".join(example.line for example in take(read_examples(path), num, path))
+    return "".join(map((form or Form()).example, take(read_examples(path), num, path)))
 
 
 def read_examples(path: str) -> list[Example]:
@@ -74,7 +103,23 @@ def _example(line: str, where: str) -> Example:
             raise UserError(f"{where}: {key} is {row[key]!r}, expected text")
     if "\n" in texts[1]:
         raise UserError(f"{where}: {keys[1]} has a line break, but answers are cut at the first one; make it one line")
-    return Example(*texts)
+    if keys[1] == "answer":  # the pair prompt, answer: its answer is the output
+        return Example(*texts)
+    return Example(*texts, _answer(row, where), _others(row, where))
+
+
+def _answer(row: dict, where: str) -> str | None:
+    answer = row.get("answer")
+    if answer is not None and not (isinstance(answer, str) and answer.strip()):
+        raise UserError(f"{where}: answer is {answer!r}, expected the text that a right reply states, or none at all")
+    return answer
+
+
+def _others(row: dict, where: str) -> tuple[str, ...] | None:
+    others = row.get("others")
+    if others is not None and not (isinstance(others, list) and all(isinstance(each, str) for each in others)):
+        raise UserError(f"{where}: others is {others!r:.80}, expected a list of texts, or none at all")
+    return None if others is None else tuple(others)
 
 
 def first_line(text: str) -> str:
