@@ -72,6 +72,17 @@ def test_rejection_asks_after_every_round(small_chain, tmp_path):
 
 
 @pytest.mark.slow
+def test_sft_asks_while_it_trains_as_well(small_chain, tmp_path):
+    out = tmp_path / "sft"
+    settings = {"identity": PIP, "eval_steps": 4}
+    done = run(argv("sft", small_chain, out, **settings), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in log(out) if "identity/right" in line] == [4, 8]
+    facts = manifest(out)
+    assert facts["metrics"][RIGHT]["n"] == 176 and facts["gains"][-1]["name"] == "knows who it is"
+
+
+@pytest.mark.slow
 def test_identity_rows_and_problems_are_learned_from_together(small_chain, tmp_path):
     """Half of the prompts ask who it is: the reward of each function counts on its own rows."""
     tiny = {"dataset_name": "tiny", "dataset_config": "problems", "max_rows": 50, "count": 50}
