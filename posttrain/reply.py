@@ -12,6 +12,9 @@ from posttrain.decoding import sample
 from posttrain.tool_calls import Call
 
 
+LONGEST_TITLE = 300  # characters
+
+
 class Step(NamedTuple):
     """A token, its probability (None: the tools' text, not the model's) and the text that it completes."""
 
@@ -33,7 +36,8 @@ class Use:
         if not self.call.name:
             return "a call that cannot be read"
         given = ", ".join(f"{key}={value!r}" for key, value in self.call.arguments.items())
-        return f"{self.call.name}({given})"
+        title = f"{self.call.name}({given})"
+        return title if len(title) <= LONGEST_TITLE else f"{title[:LONGEST_TITLE]} ..."
 
 
 class Reply:
@@ -97,10 +101,27 @@ class Reply:
         return [*self._past, self.runner.template.message(self._turn[:-1], len(answered)), *tools]
 
     @property
+    def said(self) -> list[dict]:
+        """`messages`, without what may yet turn out to be half a character or the beginning of a call."""
+        found = self.messages
+        if found and found[-1]["role"] == "assistant":
+            found = [*found[:-1], {**found[-1], "content": self.stream.text[: self.stream.shown]}]
+        return found
+
+    @property
     def cut(self) -> str:
         if self.room < self.session.max_new_tokens:
             return f"cut: the context of {self.session.context} tokens is full"
         return f"cut at max_new_tokens {self.room}"
+
+
+def whole(said: list[dict]) -> list[dict]:
+    """A reply's messages as a conversation can go on from them. One that broke off before the model could go on from a
+    tool's answer is kept as its words."""
+    if not said or said[-1]["role"] != "tool":
+        return said
+    words = [message["content"] for message in said if message["role"] == "assistant" and message["content"]]
+    return [{"role": "assistant", "content": "\n".join(words)}] if words else []
 
 
 class TextStream:

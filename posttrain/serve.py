@@ -17,7 +17,7 @@ from pathlib import Path
 
 from posttrain.decoding import check_settings
 from posttrain.errors import UserError
-from posttrain.reply import Reply, Use
+from posttrain.reply import Reply, Use, whole
 from posttrain.stage import read_manifest
 from posttrain.tool_calls import ToolLimits, ToolRunner
 
@@ -220,30 +220,21 @@ class Session:
                 self._show(reply, event)
         finally:
             write(("" if self.raw else printable(reply.stream.end())) + "\n")
-            if not self.is_base:
-                self.remember(text, reply.messages)
+            if not self.is_base and (said := whole(reply.messages)):
+                self.messages += [{"role": "user", "content": text}, *said]
         if not reply.ended:
             note(f"[{reply.cut}]")
 
     def _show(self, reply: Reply, event) -> None:
         if isinstance(event, Use):
             if event.answer is None and not self.raw:
-                rest = printable(reply.stream.end())
-                write(rest + "\n" * bool(reply.stream.shown))
+                rest, text = printable(reply.stream.end()), reply.stream.text
+                write(rest + ("\n" if text and not text.endswith("\n") else ""))
             note(f"[{printable(event.title)}]" if event.answer is None else f"[-> {printable(event.answer)}]")
         elif self.raw:
             write(raw_token(self.tokenizer, event.token, sys.stdout, event.probability) + " ")
         else:
             write(printable(event.text))
-
-    def remember(self, text: str, said: list[dict]) -> None:
-        """Add a message and the reply to it, nothing where there was none. A reply that broke off before the model
-        could go on from a tool's answer is kept as its words."""
-        if said and said[-1]["role"] == "tool":
-            words = "\n".join(message["content"] for message in said if message["role"] == "assistant")
-            said = [{"role": "assistant", "content": words}]
-        if said:
-            self.messages += [{"role": "user", "content": text}, *said]
 
     def fit(self, text: str) -> tuple[list[int], str]:
         """Token ids of the prompt, and a sentence where the oldest turns were forgotten, which leaves a quarter of the

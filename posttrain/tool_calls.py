@@ -254,6 +254,7 @@ def _read(found: str) -> Call:
         value = json.loads(found)
         arguments = value["arguments"] if isinstance(value, dict) and "arguments" in value else {}
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair, as JSON can spell, is for no tokenizer
     except (ValueError, RecursionError) as error:
         return Call(error=f"the call is no JSON ({error}); expected {form}")
     if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not isinstance(arguments, dict):
@@ -273,6 +274,7 @@ def plain_arguments(parameters: dict, text: str) -> dict | None:
         return {texts[0]: text}
     try:
         value = json.loads(text) if text.strip() else {}
+        json.dumps(value, ensure_ascii=False).encode()  # as in _read
     except (ValueError, RecursionError):
         value = None
     if isinstance(value, dict):

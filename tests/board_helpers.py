@@ -41,8 +41,9 @@ def board(*paths, **settings):
         running.stop()
 
 
-def reciter(folder, tokenizer, message: str, reply: str | None, positions: int = 512) -> str:
-    """Folder of a GPT-2 that says `reply` to `message`, and without one writes `la` until its context is full.
+def reciter(folder, tokenizer, message, reply: str | None, positions: int = 512, tools=None) -> str:
+    """Folder of a GPT-2 that says `reply` to `message`, and without one writes `la` until its context is full. With
+    `tools` (schemas) `message` is a list of messages, and it says those after the first, whatever tools answer.
 
     Embeddings of positions are one-hot, tokens and layers are silent: the head maps each position to what stands next.
     """
@@ -51,9 +52,12 @@ def reciter(folder, tokenizer, message: str, reply: str | None, positions: int =
 
     from posttrain.chat import encode_chat
 
-    prompt = encode_chat(tokenizer, [{"role": "user", "content": message}], add_generation_prompt=True).input_ids
+    talk = message if tools else [{"role": "user", "content": message}]
+    prompt = encode_chat(tokenizer, talk[:1], add_generation_prompt=True, tools=tools).input_ids
     said = tokenizer(" la" * positions if reply is None else reply, split_special_tokens=True).input_ids
     script = (said + ([] if reply is None else [tokenizer.eos_token_id]))[: positions - len(prompt)]
+    if tools:
+        script = encode_chat(tokenizer, talk, tools=tools).input_ids[len(prompt) :]
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=positions, n_embd=positions, n_layer=1, n_head=1, n_inner=8,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,

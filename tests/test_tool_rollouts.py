@@ -227,6 +227,7 @@ def test_what_was_sampled_is_never_encoded_again():
         ('<tool_call>["calculator"]</tool_call>', "error: the call is"),
         ('<tool_call>{"name": "calculator", "arguments": 3}</tool_call>', "error: the call is"),
         ('<tool_call>{"name": 3}</tool_call>', "error: the call is"),
+        ('<tool_call>{"name": "calculator", "arguments": {"expression": "\\ud800"}}</tool_call>', "is no JSON"),
         (f"<tool_call>{'[' * 5000}</tool_call>", "error: the call is no JSON"),
         ('<tool_call>{"name": "rm", "arguments": {}}</tool_call>', "error: there is no tool 'rm'; the tools are calc"),
         ('<tool_call>{"name": "calculator", "arguments": {}}</tool_call>', "a required argument: 'expression'"),

@@ -3,6 +3,7 @@
 In: the folder of a run, and any number of other models. Out: one page on 127.0.0.1 until Ctrl-C.
 Run: posttrain board runs/tiny
      posttrain board runs/tiny HuggingFaceTB/SmolLM2-135M-Instruct --port 7861
+     posttrain board runs/tools --tools search calculator --tool_options '{search: {folder: docs}}'
 
 The page needs no network. It has no password: who reaches the address can use the models, which is why other machines
 are kept out unless `--host` and `--allow-host` let them in. guard.py says what else is refused.
@@ -17,6 +18,7 @@ from pathlib import Path
 from posttrain.board import arena_flags, guard
 from posttrain.board.stages import KEEP, Pool, find, in_run
 from posttrain.errors import UserError
+from posttrain.tools import flags as tool_flags
 
 MOST_SESSIONS = 200  # browser tabs whose conversations are remembered; the oldest is forgotten
 MOST_CONNECTIONS = 256
@@ -36,6 +38,7 @@ def add_verb(verbs, debug) -> None:
         help="with another --host: a name that browsers reach it by; can be given several times",
     )  # fmt: skip
     arena_flags.add_flags(verb)
+    tool_flags.add_flags(verb.add_argument_group("tools, in Chat and Side by side"))
     verb.add_argument("--keep", type=int, default=KEEP, help="models in memory at once; default: %(default)s")
 
 
@@ -43,7 +46,7 @@ def run(options) -> int:
     """Serve until Ctrl-C or SIGTERM. Raises UserError where there is no model, no Gradio, or no such address."""
     warning = check_host(options.host, options.allow_host)
     paths = [options.run, *options.models]
-    pool = Pool(find(paths), options.keep)
+    pool = Pool(find(paths), options.keep, *tool_flags.loaded(options))
     apart = [f"{Path(stage).name} ({why})" for path in paths for stage, why in in_run(path) if why]
     listener = listen(options.host, options.port)
     port = listener.getsockname()[1]

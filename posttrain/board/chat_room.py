@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from posttrain.board import controls, view
 from posttrain.board.stages import MOST_MESSAGES, Drawn, Piece, Pool, Settings, check_text
 from posttrain.errors import UserError
+from posttrain.reply import whole
 
 EVERY = 0.05  # seconds between two looks at a reply that is being written
 MOST_SCORED = 8192  # tokens whose alternatives are looked up, in one forward pass
@@ -31,15 +32,17 @@ class Turn:
     read: list[dict] = field(default_factory=list)
     remark: str = ""
     writing: bool = True
+    said: list[dict] = field(default_factory=list)  # the reply as messages, with calls of tools and their answers
+    running: str = ""  # the call that is being answered
 
     def take(self, piece: Piece) -> None:
         self.reply, self.tokens, self.prompt_ids, self.read = piece.text, piece.tokens, piece.prompt_ids, piece.read
-        self.remark = piece.note
+        self.remark, self.said, self.running = piece.note, piece.said, piece.running
 
     def close(self, why: str, settings: Settings, seconds: float) -> None:
         """`why` it ended where that is worth a word."""
-        self.writing = False
-        pace = f"{len(self.tokens)} tokens in {seconds:.1f} s"
+        self.writing, self.running = False, ""
+        pace = f"{sum(token.probability is not None for token in self.tokens)} tokens in {seconds:.1f} s"
         self.remark = ", ".join(filter(None, [self.remark, why, pace, f"seed {settings.seed}"]))
 
 
@@ -56,9 +59,9 @@ class Talk:
         last = {"role": "user", "content": self.turns[-1].user}
         if is_base:
             return [last]
-        past = [turn for turn in self.turns[:-1] if turn.reply and not turn.is_base]
-        pairs = [(("user", turn.user), ("assistant", turn.reply)) for turn in past]
-        return [{"role": role, "content": text} for pair in pairs for role, text in pair] + [last]
+        past = [(turn.user, whole(turn.said)) for turn in self.turns[:-1] if not turn.is_base]
+        pairs = [[{"role": "user", "content": user}, *said] for user, said in past if said and said[-1]["content"]]
+        return [message for pair in pairs for message in pair] + [last]
 
 
 def room(pool: Pool) -> None:
@@ -70,6 +73,7 @@ def room(pool: Pool) -> None:
         with gr.Column(scale=3, min_width=320):
             stage = gr.Dropdown(controls.choices(pool), value=controls.newest(pool), label="Stage", filterable=False)
             shown = gr.HTML(view.talk([], EMPTY), apply_default_css=False, elem_id="talk-box", autoscroll=True)
+            controls.tools(pool)
             text = controls.message("Message")
             with gr.Row():
                 send = gr.Button("Send", variant="primary", min_width=80)
@@ -128,7 +132,7 @@ def written(pool: Pool, talk: Talk, stage: str, text: str, show: bool, how: tupl
     start = looked = time.monotonic()
     why = "stopped"
     try:
-        with closing(pool.stream(stage, talk.messages(entry.is_base), settings)) as pieces:
+        with closing(pool.stream(stage, talk.messages(entry.is_base), settings, tools=True)) as pieces:
             for piece in pieces:
                 if talk.ticket != mine:
                     break
@@ -164,7 +168,7 @@ def page(talk: Talk) -> str:
             parts.append(view.completion(turn.stage, turn.user, turn.reply, remark=turn.remark, writing=turn.writing))
             continue
         parts.append(view.message("You", turn.user, "user"))
-        parts.append(view.message(turn.stage, turn.reply, "assistant", remark=turn.remark, writing=turn.writing))
+        parts.append(view.reply(turn.stage, turn.said, turn.running, remark=turn.remark, writing=turn.writing))
     return view.talk(parts, EMPTY, talk.error)
 
 

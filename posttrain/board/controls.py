@@ -27,6 +27,17 @@ def message(label: str):
     )  # fmt: skip
 
 
+def tools(pool: Pool) -> None:
+    """A line inside the open container on what the stages may call."""
+    import gradio as gr
+
+    from posttrain.board import view
+
+    if pool.tools:
+        names = ", ".join(tool.name for tool in pool.tools)
+        gr.HTML(str(view.note(f"stages whose chat template has tools may call {names}")), apply_default_css=False)
+
+
 def settings(system: bool = True) -> list:
     """Components inside the open container: system message, temperature, top-p, top-k, most tokens, seed."""
     import gradio as gr

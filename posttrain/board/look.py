@@ -49,8 +49,14 @@ article.message.user { align-self: flex-end; background: color-mix(in srgb, var(
 article.message.completion { max-width: 100%; align-self: stretch; }
 article.message h4 { font-size: 12px; font-weight: 600; color: var(--soft); margin: 0 0 2px; }
 .said { white-space: pre-wrap; unicode-bidi: isolate; line-height: 1.5; font-size: 15px; color: var(--ink); }
+details.call, p.call { margin: 6px 0; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  color: var(--tool); border-left: 3px solid var(--tool); padding-left: 8px; }
+details.call summary { cursor: pointer; overflow-wrap: anywhere; }
+details.call pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; color: var(--ink); margin: 4px 0 0;
+  max-height: 16em; overflow-y: auto; unicode-bidi: isolate; }
+details.call.failed, details.call.failed summary { color: var(--bad); border-color: var(--bad); }
 .said em { font-style: normal; color: var(--soft); }
-article.message[aria-busy=true] .said::after { content: "\\25AE"; color: var(--soft);
+article.message[aria-busy=true] > .said:last-child::after { content: "\\25AE"; color: var(--soft);
   animation: board-blink 1s steps(2) infinite; }
 @keyframes board-blink { 50% { opacity: 0; } }
 @media (prefers-reduced-motion: reduce) { .message[aria-busy=true] .said::after { animation: none; } }

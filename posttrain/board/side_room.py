@@ -83,7 +83,9 @@ def written(pool: Pool, beside: Beside, stages: list[str], text: str, how: tuple
     with ExitStack() as stack:
         for turn in turns:
             stack.callback(lambda turn=turn: turn.writing and turn.close("stopped", settings, _since(start)))
-        pieces = {turn.stage: stack.enter_context(closing(pool.stream(turn.stage, text, settings))) for turn in turns}
+        pieces = {
+            turn.stage: stack.enter_context(closing(pool.stream(turn.stage, text, settings, True))) for turn in turns
+        }
         while any(turn.writing for turn in turns) and beside.ticket == mine:
             for turn in turns:
                 if turn.writing:
@@ -116,7 +118,7 @@ def page(turns: list[Turn]) -> str:
     columns = [
         view.completion(turn.stage, turn.user, turn.reply, remark=turn.remark, writing=turn.writing)
         if turn.is_base
-        else view.message(turn.stage, turn.reply, "assistant", remark=turn.remark, writing=turn.writing)
+        else view.reply(turn.stage, turn.said, turn.running, remark=turn.remark, writing=turn.writing)
         for turn in turns
     ]
     asked = view.message("You", turns[0].user, "user")

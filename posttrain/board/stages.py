@@ -61,18 +61,20 @@ class Settings:
 
 
 class Drawn(NamedTuple):
-    """A sampled token; `probability` is the model's own, at temperature 1, whatever it was sampled with."""
+    """A token of a reply; `probability` is the model's own, at temperature 1, whatever it was sampled with, and None
+    for what a tool said."""
 
     id: int
     text: str
-    probability: float
+    probability: float | None
 
 
 @dataclass(frozen=True)
 class Piece:
     """A reply so far. `text` is without the token that ended it and without unfinished characters; `tokens` (one list
     that grows) have all. `read` are the messages that `prompt_ids` render, without turns that the context has no room
-    for; none for a base model. `ended`: this is the last piece; `note` then says why, where no end token came."""
+    for; none for a base model. `said` is the reply as messages, with calls of tools and their answers; `running` the
+    call that is being answered. `ended`: this is the last piece; `note` then says why, where no end token came."""
 
     text: str
     tokens: list[Drawn]
@@ -80,6 +82,8 @@ class Piece:
     read: list[dict]
     ended: bool = False
     note: str = ""
+    said: list[dict] = field(default_factory=list)
+    running: str = ""
 
 
 def check_text(text: str, name: str) -> None:
@@ -193,12 +197,14 @@ class Loaded:
 
 
 class Pool:
-    """The board's models, at most `keep` of them in memory; safe to use from several threads."""
+    """The board's models, at most `keep` of them in memory; safe to use from several threads. `tools` are those that
+    replies may call, within `limits` (tool_calls.ToolLimits)."""
 
-    def __init__(self, entries: list[Entry], keep: int = KEEP):
+    def __init__(self, entries: list[Entry], keep: int = KEEP, tools: list | None = None, limits=None):
         if keep < 1:
             raise UserError(f"--keep: found {keep}, expected 1 or more models in memory")
         self.entries, self.keep = {entry.name: entry for entry in entries}, keep
+        self.tools, self.limits = tools or [], limits
         self.loaded: OrderedDict[str, Loaded] = OrderedDict()  # the one used last stands last
         self.tokenizers: dict[str, object] = {}
         self.lock = threading.Lock()
@@ -257,18 +263,20 @@ class Pool:
                     raise UserError(f"{path}: no tokenizer could be loaded: {error}") from error
             return self.tokenizers[name]
 
-    def stream(self, name: str, prompt: str | list[dict], settings: Settings) -> Iterator[Piece]:
+    def stream(self, name: str, prompt: str | list[dict], settings: Settings, tools: bool = False) -> Iterator[Piece]:
         """Yield the reply of stage `name` to a text or to messages [{"role", "content"}] that end with the user's.
 
         The first piece comes before the first token. A chat model takes a text as the user's message; a base model
-        completes a text, and messages as one text with blank lines in between. Closing the iterator stops the
-        sampling. Raises UserError for a prompt or a setting that will not do.
+        completes a text, and messages as one text with blank lines in between. With `tools` it may call the board's,
+        where its chat template has them; the piece's note says where not. Closing the iterator stops the sampling.
+        Raises UserError for a prompt or a setting that will not do.
         """
         settings.check()
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         check_messages(messages)
         with self.use(name) as loaded:
-            yield from _stream(loaded, self.entry(name).is_base, messages, settings)
+            given = (self.tools, self.limits) if tools and self.tools else None
+            yield from _stream(loaded, self.entry(name).is_base, messages, settings, given)
 
 
 def check_messages(messages: list[dict]) -> None:
@@ -282,10 +290,11 @@ def check_messages(messages: list[dict]) -> None:
             check_text(message["content"], "the message")
 
 
-def _stream(loaded: Loaded, is_base: bool, messages: list[dict], settings: Settings) -> Iterator[Piece]:
+def _stream(loaded: Loaded, is_base: bool, messages: list[dict], settings: Settings, tools) -> Iterator[Piece]:
     from posttrain.complete import Completer
     from posttrain.conversations import token_reader
-    from posttrain.serve import Reply, Session, clean
+    from posttrain.reply import Reply, Use
+    from posttrain.serve import Session, clean
 
     how = settings.temperature, settings.top_p, settings.max_new_tokens, settings.seed
     session = Session(loaded.model, loaded.tokenizer, *how, top_k=settings.top_k)
@@ -298,16 +307,37 @@ def _stream(loaded: Loaded, is_base: bool, messages: list[dict], settings: Setti
         own = messages[0]["content"] if messages[0]["role"] == "system" else ""
         session.set_system(settings.system or own)
         session.messages = [message for message in messages[:-1] if message["role"] != "system"]
+        without = _give_tools(session, tools)
         ids, said = session.fit(messages[-1]["content"])
+        said = "; ".join(filter(None, [without, said]))
     head = [{"role": "system", "content": session.system}] if session.system else []
     given = [] if is_base else [*head, *session.messages, messages[-1]]
     reply, read, tokens = Reply(session, ids), token_reader(loaded.tokenizer), []
     yield Piece("", tokens, ids, given, note=said)
-    for token, probability, _ in _one_at_a_time(loaded.lock, iter(reply)):
-        tokens.append(Drawn(token, read(token), probability))
-        yield Piece(reply.stream.text[: reply.stream.shown], tokens, ids, given, note=said)
+    for event in _one_at_a_time(loaded.lock, iter(reply)):
+        running = ""
+        if isinstance(event, Use):
+            running = event.title if event.answer is None else ""
+        else:
+            tokens.append(Drawn(event.token, read(event.token), event.probability))
+        text = reply.stream.text[: reply.stream.shown]
+        yield Piece(text, tokens, ids, given, note=said, said=reply.said, running=running)
+        if running:
+            reply.carry_out(event)  # without the lock: others' replies go on meanwhile
     notes = [said, "" if reply.ended else reply.cut]
-    yield Piece(reply.stream.text, tokens, ids, given, ended=True, note="; ".join(filter(None, notes)))
+    remark = "; ".join(filter(None, notes))
+    yield Piece(reply.stream.text, tokens, ids, given, ended=True, note=remark, said=reply.messages)
+
+
+def _give_tools(session, tools) -> str:
+    """Let the session call `tools`, (tools, limits) or None; why it cannot, where it cannot."""
+    if tools is None:
+        return ""
+    try:
+        session.set_tools(*tools)
+    except UserError:
+        return "its chat template has no tools: it answers without them"
+    return ""
 
 
 def _one_at_a_time(lock: threading.Lock, items: Iterator) -> Iterator:

@@ -12,7 +12,9 @@ from markupsafe import Markup, escape
 from posttrain.chat import control_tokens
 from posttrain.complete_view import Scored, classes, title
 from posttrain.conversations import PROBE_ROW, Conversation, token_reader
+from posttrain.reply import Use
 from posttrain.serve import printable
+from posttrain.tool_calls import ERROR, Call
 from posttrain.xray import ROLES, Token, token_roles
 from posttrain.xray_text import runs, sentence
 
@@ -45,6 +47,35 @@ def message(who: str, text: str, role: str, *, remark: str = "", writing: bool =
     """One message of a conversation. `role`: "user" or "assistant"; `writing`: more will come."""
     return Markup('<article class="message {}"{}><h4>{}</h4><div class="said" dir="auto">{}</div>{}</article>').format(
         role, Markup(' aria-busy="true"' if writing else ""), said(who), said(text), note(remark)
+    )
+
+
+def reply(who: str, messages: list[dict], running: str = "", *, remark: str = "", writing: bool = False) -> Markup:
+    """A model's reply: its words, and each call of a tool as a block that unfolds to the answer. `running`: the call
+    that has no answer yet."""
+    parts, titles = [], []
+    for message in messages:
+        if message["role"] == "tool":
+            title = titles.pop(0) if titles else Use(Call()).title
+            parts.append(_call(title, message["content"]))
+            continue
+        if message["content"]:
+            parts.append(Markup('<div class="said" dir="auto">{}</div>').format(said(message["content"])))
+        functions = [call["function"] for call in message.get("tool_calls", [])]
+        titles = [Use(Call(each["name"], each["arguments"])).title for each in functions]
+    if running:
+        parts.append(Markup('<p class="call" aria-busy="true">{} …</p>').format(said(running)))
+    elif writing and not (messages and messages[-1]["role"] == "assistant" and messages[-1]["content"]):
+        parts.append(Markup('<div class="said"></div>'))
+    return Markup('<article class="message assistant"{}><h4>{}</h4>{}{}</article>').format(
+        Markup(' aria-busy="true"' if writing else ""), said(who), Markup("").join(parts), note(remark)
+    )
+
+
+def _call(title: str, answer: str) -> Markup:
+    kind = Markup(' class="call failed"' if answer.startswith(ERROR) else ' class="call"')
+    return Markup('<details{}><summary>{}</summary><pre dir="auto">{}</pre></details>').format(
+        kind, said(title), said(answer)
     )
 
 

@@ -50,7 +50,8 @@ class Tool:
 
         def work() -> None:
             try:
-                box["answer"] = _as_text(self.function(**arguments))
+                text = _as_text(self.function(**arguments))
+                box["answer"] = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
             except UserError as error:
                 box["fault"] = error  # of the machine or of the run, not of the call: the run stops
             except Exception as error:
