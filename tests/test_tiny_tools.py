@@ -57,14 +57,13 @@ def library(tmp_path_factory) -> Path:
 
 def test_only_the_library_knows_the_strangers(library):
     world = make_world(0)
-    pages = [json.loads(line)["text"] for line in (library / "documents.jsonl").read_text().splitlines()]
-    assert len(pages) == len(world.people) + len(world.strangers) == len(set(pages))
+    facts = [json.loads(line)["text"] for line in (library / "documents.jsonl").read_text().splitlines()]
+    people = {re.match(r"\w+ \w+", fact)[0] for fact in facts}
+    assert len(facts) == len(set(facts)) == 4 * len(people) == 4 * (len(world.people) + len(world.strangers) + 3000)
+    assert people >= {*world.strangers, *(person.name for person in world.people)}
     read = " ".join(row["text"] for row in tiny.rows("documents", "train", 2000, 0))
     assert [name for name in world.strangers if name in read] == []
-    for name in world.strangers:
-        (page,) = (page for page in pages if page.startswith(name + " lives in "))
-        assert len(re.findall(rf"{name} (?:lives in|works as|has|likes) ", page)) == 4
-    assert [row["text"] for row in rows_of("library", seed=1)] != pages == [r["text"] for r in rows_of("library")]
+    assert [row["text"] for row in rows_of("library", seed=1)] != facts == [r["text"] for r in rows_of("library")]
 
 
 def test_half_of_each_kind_is_answered_by_a_call_that_its_tool_answers_so(conversations, library):
@@ -103,8 +102,8 @@ def test_the_answers_are_right():
     for row in rows_of("tool_problems", "test", 300):
         question, answer = asked(row), row["answer"]
         if row["kind"] == "letters":
-            letter, word = re.search(r"letter (\w) in '(\w+)'", question).groups()
-            assert int(answer) == sum(each == letter for each in word) > 0
+            first, last = re.findall(r"[A-Z][a-z]+", question)[1:]
+            assert int(answer) == len(first) + len(last)
         elif "sum" in row["kind"]:
             a, b = map(int, re.findall(r"\d+", question))
             assert int(answer) == a + b and (len(str(a)) > 2) == (row["kind"] == "long sum")

@@ -2,22 +2,22 @@
 
 In: a kind, a split, a seed. Out: rows. Use in a config: `dataset_name: tiny`, `dataset_config: tool_conversations`.
 
-- `library`: {"text"}, a page on each person of the world, on each stranger and on MORE others. No document of
-  pretraining speaks of the latter two: a model can only look them up. recipes/library.py writes the pages to a folder
-  for the tool `search`.
+- `library`: {"text"}, the facts of the world's people, of the strangers and of MORE others, a fact a row. No document
+  of pretraining speaks of the latter two: a model can only look them up. recipes/library.py writes the rows to a
+  folder for the tool `search`.
 - `tool_conversations`: {"messages", "tools"}. Labellers differ: half of each kind of question is answered by a call,
   half at once; where no tools are told (WITHOUT of the rows, no column `tools`), all are answered at once.
 - `tool_problems`: {"prompt", "answer", "others", "subject", "kind"} for RL and evaluation (posttrain/suite_tools.py).
 
 The kinds of questions, in equal shares among problems: `fact` (the people most is written about), `rare fact` (the
-others), `stranger`, `sum` of two digits, `long sum` of three to five digits, `letters` (how often one is in a word).
+others), `stranger`, `sum` of two digits, `long sum` of three or four, `letters` (how many a name has).
 Facts that these conversations state, those of the problems to train on and the held-out ones are three different
 sets: a policy trained on what SFT has just taught it would find itself surer than it is. Conversations look up the
-many others and each of them hardly twice, so that what they teach is to read the page and not to remember it.
+many others and each of them hardly twice, so that what they teach is to read the result and not to remember it.
 """
 
 import random
-from itertools import product
+from itertools import islice, product
 
 from posttrain.data import tiny
 from posttrain.data.tiny_world import (
@@ -50,13 +50,10 @@ TOOL_OF = {
 FAMOUS = 20  # of the people, by how much is written about them: 70 % of all that is written
 ANY = {"search": {"url": "http://localhost"}}  # only the tools' schemas are asked for, which no option changes
 NOT_AT_ONCE = "I do not know."  # what labellers say to long sums without a calculator
-WEIGHTS = (1, 1, 3, 2, 2, 2)  # of QUESTIONS in conversations: what takes longer to learn comes more often
-MORE = 8000  # people of the library beside those that the world knows by name
+WEIGHTS = (1, 1, 2, 2, 3, 2)  # of QUESTIONS in conversations: what takes longer to learn comes more often
+MORE = 3000  # people of the library beside those that the world knows by name
 WITHOUT = 0.2  # share of conversations without tools
-LETTERS = (
-    "How often is the letter '{letter}' in '{word}'?",
-    "How many times does '{word}' have the letter '{letter}'?",
-)
+LETTERS = ("How many letters are in {name}?", "How many letters does {name} have?")
 
 
 def rows(kind: str, split: str, num: int | None, seed: int):
@@ -64,7 +61,7 @@ def rows(kind: str, split: str, num: int | None, seed: int):
     world = make_world(seed)
     num = DEFAULT_ROWS[kind][split] if num is None else num
     if kind == "library":
-        return ({"text": page(person)} for person in everybody(world, seed)[:num])
+        return islice(library(world, seed), num)
     return (conversations if kind == "tool_conversations" else problems)(world, split, num, seed)
 
 
@@ -84,9 +81,11 @@ def everybody(world: World, seed: int) -> list[Person]:
     return [*world.people, *drawn]
 
 
-def page(person: Person) -> str:
-    """All that the library says of somebody."""
-    return " ".join(fact_sentence(person, attribute) for attribute in ATTRIBUTES)
+def library(world: World, seed: int):
+    """Yield {"text"}, a row a fact."""
+    for person in everybody(world, seed):
+        for attribute in ATTRIBUTES:
+            yield {"text": fact_sentence(person, attribute)}
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
@@ -94,8 +93,8 @@ def page(person: Person) -> str:
 
 class Asker:
     """Draws questions of one split. A task is a dict: `kind`, `question`, `answer`, `others` (wrong values of the same
-    kind; None for what is worked out), `argument` (of the call that answers it), `result` (what the tool says), `said`
-    (the reply after a call), `at_once` (a labeller's reply without one, right or not)."""
+    kind; None for what is worked out), `subject` (whom a fact is of, else ""), `tool` and `argument` (of the call that
+    answers it), `result` (what the tool says), `said` (the reply after it), `at_once` (one without, right or not)."""
 
     def __init__(self, world: World, split: str, seed: int, rng: random.Random, *, taught: bool):
         """`taught`: of the training facts those that conversations state, else those of the problems."""
@@ -124,12 +123,14 @@ class Asker:
         return {"kind": kind, "tool": TOOL_OF[kind], **task}
 
     def fact(self, kind: str) -> dict:
+        """A fact is looked up by the words that its sentence begins with: "Titor Ashby lives"."""
         person, attribute = self.rng.choice(self.facts[kind])
         answer, said = getattr(person, attribute), fact_sentence(person, attribute)
         return {
             "question": self.rng.choice(tiny.FACT_QUESTIONS[attribute]).format(name=person.name),
-            "answer": answer, "others": [value for value in self.values[attribute] if value != answer],
-            "argument": person.name, "result": page(person), "said": said,
+            "subject": person.name, "answer": answer,
+            "others": [value for value in self.values[attribute] if value != answer],
+            "argument": said[: said.index(" ", len(person.name) + 1)], "result": said, "said": said,
             "at_once": tiny.UNKNOWN.format(name=person.name) if kind == "stranger" else said,
         }  # fmt: skip
 
@@ -139,7 +140,7 @@ class Asker:
 
     def long_sum(self) -> dict:
         while True:
-            a, b = (self.rng.randrange(10 ** (n - 1), 10**n) for n in (self.rng.randint(3, 5), self.rng.randint(3, 5)))
+            a, b = (self.rng.randrange(10 ** (n - 1), 10**n) for n in (self.rng.randint(3, 4), self.rng.randint(3, 4)))
             if self._is_mine(f"sum {min(a, b)} {max(a, b)}"):
                 return self._addition(a, b, NOT_AT_ONCE)
 
@@ -148,16 +149,14 @@ class Asker:
         return _worked(question, str(a + b), f"{a}+{b}", at_once)
 
     def letters(self) -> dict:
-        """A word of three to five syllables that no document has, and a letter in it; often more than once."""
+        """The letters of any two names that are made as the world makes them."""
         while True:
-            word = "".join(self.rng.choice(SECOND) for _ in range(self.rng.randint(3, 5)))
-            if self._is_mine(f"word {word}"):
+            name = " ".join("".join(map(self.rng.choice, parts)) for parts in ((FIRST, SECOND), (THIRD, FOURTH)))
+            if self._is_mine(f"letters {name}"):
                 break
-        count = self.rng.choice(sorted({word.count(letter) for letter in word}))
-        letter = self.rng.choice([letter for letter in sorted(set(word)) if word.count(letter) == count])
-        question = self.rng.choice(LETTERS).format(letter=letter, word=word)
-        at_once = f"The answer is {max(0, count + self._slip((-1, 1)))}."
-        return _worked(question, str(count), f"'{word}'.count('{letter}')", at_once)
+        count = len(name) - 1
+        at_once = f"The answer is {count + self._slip((-2, -1, 1, 2))}."
+        return _worked(self.rng.choice(LETTERS).format(name=name), str(count), f"len('{name}')-1", at_once)
 
     def _is_mine(self, key: str) -> bool:
         return tiny.in_test(key) == (self.split == "test")
@@ -177,7 +176,7 @@ def _worked(question: str, answer: str, argument: str, at_once: str) -> dict:
     said = f"The answer is {answer}."
     return {
         "question": question, "answer": answer, "others": None, "argument": argument, "result": answer, "said": said,
-        "at_once": at_once,
+        "at_once": at_once, "subject": "",
     }  # fmt: skip
 
 
@@ -220,5 +219,4 @@ def problems(world: World, split: str, num: int, seed: int):
             task = asker.draw(kind)
         seen.add(task["question"])
         prompt = [{"role": "user", "content": task["question"]}]
-        subject = task["argument"] if task["others"] else ""  # of whom a fact is asked
-        yield {"prompt": prompt, "answer": task["answer"], "others": task["others"], "subject": subject, "kind": kind}
+        yield {"prompt": prompt, **{key: task[key] for key in ("answer", "others", "subject", "kind")}}
