@@ -258,7 +258,7 @@ def identity_gains(before: dict, after: dict, labels: tuple[str, str] = ("base",
 
 
 def kept_gains(before: Asked, after: Asked, labels: tuple[str, str]) -> list[dict]:
-    """ "keeps who it is", of stages that teach something else: the same questions, whose paired change must not lie
+    """ "keeps who it is", of stages that teach something else: the same questions, whose paired `change` must not lie
     below 0 with all of its 95 % interval. Once for plain questions, once for those under another's system message,
     where the model kept its identity at all."""
     gains = []
@@ -270,7 +270,8 @@ def kept_gains(before: Asked, after: Asked, labels: tuple[str, str]) -> list[dic
             continue
         change = measured([b - a for a, b in zip(old, new, strict=True)])
         figures, passed = (before.metrics[metric], after.metrics[metric]), change["high"] >= 0
-        gains.append(gain(name, *figures, labels=labels, goal="no fall; paired interval reaches 0", passed=passed))
+        row = gain(name, *figures, labels=labels, goal="no fall; paired interval reaches 0", passed=passed)
+        gains.append(row | {"change": change | {"unit": "%"}})
     return gains
 
 

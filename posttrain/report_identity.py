@@ -25,22 +25,32 @@ VERDICTS = {
 
 
 def table(stages: list[Stage]) -> list[tuple[Stage, list[dict]]]:
-    """(stage, [{"name", "before", "after", "unit", "verdict"}]) of each stage that was asked who it is."""
+    """(stage, [{"name", "before", "after", "verdict"}]) of each stage that was asked who it is; `verdict` is None or
+    (word, whether it is good, the paired change in words)."""
     found = []
     for stage in stages:
         said = {}
         for gain in stage.manifest.get("gains", []):
             if gain["name"] in VERDICTS:
                 metric, shown, not_shown = VERDICTS[gain["name"]]
-                said[metric] = (shown, True) if gain.get("passed") is True else (not_shown, False)
+                good = gain.get("passed") is True
+                said[metric] = (shown if good else not_shown, good, _change(gain.get("change")))
         rows = [
-            {"name": SHORT[metric], "before": before, "after": after, "unit": "%", "verdict": said.get(metric)}
+            {"name": SHORT[metric], "before": before, "after": after, "verdict": said.get(metric)}
             for metric in SHORT
             for before, after in [_ends(stage, metric)]
             if after is not None
         ]
         found += [(stage, rows)] if rows else []
     return found
+
+
+def _change(entry: object) -> str:
+    """`-2.8 [-5.0, -0.6] points`; "" where it is not there."""
+    if not isinstance(entry, dict) or not all(_number(entry, key) for key in ("value", "low", "high")):
+        return ""
+    value, low, high = (100 * entry[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}] points"
 
 
 def by_question(stages: list[Stage]) -> tuple[list[str], list[tuple[str, list[dict | None]]]]:
@@ -90,7 +100,7 @@ def drift(stage: Stage) -> Drift | None:
             )
         )
     verdicts = [row["verdict"] for _, rows in table([stage]) for row in rows if row["verdict"]]
-    return Drift(pictures, _sentence(stage, asked), any(word == "fell" for word, _ in verdicts))
+    return Drift(pictures, _sentence(stage, asked), any(word == "fell" for word, *_ in verdicts))
 
 
 def _picture(stage: Stage, asked: list[dict], place, end: float, axis: str) -> Markup:

@@ -217,6 +217,7 @@ def test_keeping_it_is_judged_by_the_paired_change():
 
     start = asked([0.5, 1.0] * 5, [0.0] * 10)
     (one,) = kept_gains(start, asked([0.0, *[1.0, 0.5] * 4, 1.0], [0.0] * 10), ("SFT", "GRPO"))
+    assert [one["change"][key] for key in ("value", "low", "high")] == pytest.approx([-0.05, -0.148, 0.048])
     assert one["name"] == "keeps who it is" and one["passed"] and one["before"]["label"] == "SFT"
     (same,) = kept_gains(start, start, ("SFT", "GRPO"))
     assert same["passed"]

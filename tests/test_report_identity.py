@@ -28,7 +28,10 @@ def put_asked(run, name: str, roles: dict, before: tuple, after: tuple, gains: l
 
 def put_watched(run, name: str, roles: dict) -> None:
     """A stage in which right replies fell, with what it was asked while it trained."""
-    gains = [gain("keeps who it is", False), gain("keeps to it when called otherwise", True)]
+    gains = [
+        gain("keeps who it is", False, change=measured(-0.4, 0.06)),
+        gain("keeps to it when called otherwise", True),
+    ]
     put_asked(run, name, roles, (0.8, 0.7, 0.0), (0.4, 0.6, 0.2), gains, "before")
     lines = [{"step": step, "reward": step / 10, "kl": step / 4} for step in range(1, 17)]
     for step, right in ((4, 0.7), (8, 0.35), (12, 0.5), (16, 0.45)):
@@ -51,8 +54,12 @@ def test_the_table_goes_along_the_chain(run):
     assert [stage.name for stage, _ in (sft, ppo)] == ["sft", "ppo"]  # grpo was not asked
     assert [(row["before"]["value"], row["after"]["value"]) for row in ppo[1]] == [(0.8, 0.4), (0.7, 0.6), (0.0, 0.2)]
     assert [row["before"]["value"] for row in sft[1]] == [0.3, 0.2, 0.1]
-    assert [row["verdict"] for row in sft[1]] == [("learned", True), None, None]
-    assert [row["verdict"] for row in ppo[1]] == [("fell", False), ("kept", True), None]
+    assert [row["verdict"] for row in sft[1]] == [("learned", True, ""), None, None]
+    assert [row["verdict"] for row in ppo[1]] == [
+        ("fell", False, "-40.0 [-46.0, -34.0] points"),
+        ("kept", True, ""),
+        None,
+    ]
     columns, rows = by_question(read_run(run)[1])
     assert columns == ["before sft", "sft", "ppo"]
     assert [(name, [cell["value"] for cell in cells]) for name, cells in rows] == [
