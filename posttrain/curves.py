@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from markupsafe import Markup, escape
 
 from posttrain.figures import Points, compact, ticks
+from posttrain.identity_names import SERIES
 
 MAX_POINTS = 300  # a curve of more is thinned to its lows and highs, so that no spike is lost
 SMOOTH_FROM = 20  # a curve of fewer points gets no running mean
@@ -24,7 +25,7 @@ LOG_NAMES = ("loss", "grad_norm", "perplexity")
 MAIN = ("loss", "bits_per_byte", "reward", "kl", "completion_length", "entropy")  # drawn large, in this order
 ORDER = ("loss", "reward", "utility", "score", "kl", "accuracy", "pass", "correct", "length", "entropy", "bits", "std")
 LAST = ("share/", "clip", "grad_norm", "learning_rate", "throughput", "per_second", "epoch", "tokens", "time")
-DRAWN_APART = ("step", "identity/right", "identity/kept", "identity/yields")  # the latter by report_identity.py
+DRAWN_APART = ("step", *SERIES)  # the latter by report_identity.py
 PREFIXES = ("eval_", "eval/", "held_out_", "train_", "train/")
 # By series, or by stage and series. KL and entropy: rl/metrics.py; loss: the mean over supervised tokens.
 UNITS = {

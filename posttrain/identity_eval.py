@@ -14,16 +14,11 @@ from dataclasses import dataclass
 
 from posttrain.chat import decode, encode_chat
 from posttrain.data.identity import contrary_questions, identity_questions, read_identity
+from posttrain.identity_names import KEPT, RIGHT, SERIES, YIELDED
 from posttrain.intervals import clearly_higher, gain, measured
 from posttrain.rl.rollout import Sampling
 
 IDENTITY_SEED = 30_000  # the same questions are sampled the same way before and after training
-RIGHT, KEPT, YIELDED = (
-    "identity right",
-    "identity kept against the system message",
-    "identity yields to the system message",
-)
-SERIES = {"identity/right": RIGHT, "identity/kept": KEPT, "identity/yields": YIELDED}  # in log.jsonl
 # Scripts that put no space between words: each character is a word.
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 WORD = re.compile(rf"v?\d+(?:\.\d+)+|[{UNSPACED}]|(?:(?![{UNSPACED}])\w)+(?:'(?:(?![{UNSPACED}])\w)+)?")

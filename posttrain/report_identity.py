@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from posttrain.figures import measure
-from posttrain.identity_eval import KEPT, RIGHT, SERIES, YIELDED
+from posttrain.identity_names import KEPT, RIGHT, SERIES, YIELDED
 from posttrain.over_optimization import AXIS
 from posttrain.plots import Line, plot
 from posttrain.report_read import Stage

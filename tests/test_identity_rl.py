@@ -11,7 +11,7 @@ from test_rejection import recipe as rejection
 
 from posttrain.data.identity import identity_prompts
 from posttrain.errors import UserError
-from posttrain.identity_eval import KEPT, RIGHT, SERIES, YIELDED
+from posttrain.identity_names import KEPT, RIGHT, SERIES, YIELDED
 from posttrain.rewards import load_reward
 from posttrain.rl.watch import DriftConfig, IdentityConfig
 

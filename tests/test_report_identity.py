@@ -8,7 +8,7 @@ import json
 import pytest
 from test_report import Page, assert_inert, gain, measured, put
 
-from posttrain.identity_eval import KEPT, RIGHT, YIELDED
+from posttrain.identity_names import KEPT, RIGHT, YIELDED
 from posttrain.report import gains_table, read_run, write_report
 from posttrain.report_identity import by_question, drift, table
 
