@@ -209,10 +209,11 @@ def test_the_examples_base_models_are_trained(small_chain, tmp_path, name):
     mixture = [{"dataset_name": str(tmp_path / f"{file}.jsonl"), "count": 200},
                {"dataset_name": "tiny", "dataset_config": "documents", "count": 100}]  # fmt: skip
     settings = {
-        "dataset_mixture": json.dumps(mixture), "max_steps": 2, "warmup_steps": 1, "sequence_length": 64,
+        "max_steps": 2, "warmup_steps": 1, "sequence_length": 64,
         "batch_size": 4, "bf16": "false", "eval_max_rows": 10, "output_dir": tmp_path / "base", **start,
     }  # fmt: skip
     flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    flags += ["--dataset_mixture", *map(json.dumps, mixture)]
     words = [str(ROOT / word) if "/" in word else word for word in only(name, "pretrain")]
     done = run([*words, *flags], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,8 +2,8 @@
 
 In: nothing but the seed. Out, in a folder: `parallel.jsonl`, documents of six sentence pairs in one language each, to
 read beside tiny's documents; `orrish.jsonl`, `vellan.jsonl` and `tukish.jsonl`, each with eight examples and sixty
-sentences that no document has. The languages differ in their words and in their order: verb last, verb first, adjective after
-noun. Nothing in a document names its language, so that without an example one can only guess.
+sentences that no document has. The languages differ in their words and in their order: verb last, verb first,
+adjective after noun. Nothing in a document names its language, so that without an example one can only guess.
 
     python -m examples.translation.tongues runs/examples/translation
     accelerate launch recipes/pretrain.py --config examples/translation/pretrain.yaml
@@ -15,6 +15,7 @@ import json
 import random
 import sys
 import zlib
+from functools import cache
 from pathlib import Path
 
 ADJECTIVES = ("old", "small", "red", "kind", "tall", "sad")
@@ -25,6 +26,7 @@ TONGUES = {"orrish": ("rbmd", "oa", "SOV"), "vellan": ("vlns", "ei", "VSO"), "tu
 DOCUMENTS, PAIRS, EXAMPLES, QUESTIONS = 9000, 6, 8, 60
 
 
+@cache
 def lexicon(tongue: str, seed: int = 0) -> dict[str, str]:
     """English word -> the language's: two syllables each, all different."""
     consonants, vowels, _ = TONGUES[tongue]
