@@ -108,9 +108,9 @@ def eval_data(data: DataConfig, config: EvalConfig) -> DataConfig:
     )
 
 
-def check_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None) -> None:
-    """What a dry run can know of `load_both` in seconds."""
-    check(data, data.dataset_train_split, seed, columns)
+def check_both(data: DataConfig, config: EvalConfig, seed: int, columns, eval_columns=None, planned=()) -> None:
+    """What a dry run can know of `load_both` in seconds. `planned`: folders of stages that come before."""
+    check(data, data.dataset_train_split, seed, columns, planned)
     check(eval_data(data, config), config.eval_dataset_split, seed, eval_columns or columns)
 
 

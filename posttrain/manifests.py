@@ -5,6 +5,8 @@ own manifest what each parent was, by its hashes. A folder without stage.json is
 """
 
 import json
+import os
+import re
 from pathlib import Path
 
 from posttrain.errors import UserError
@@ -46,6 +48,7 @@ def describe_parents(parents: dict[str, str], planned=()) -> dict[str, dict]:
         if not folder.is_dir() and (len(folder.parts) != 2 or folder.parent.is_dir() or path.startswith((".", "/"))):
             raise UserError(
                 f"{role}: no folder {path!r}, and it is no Hub name (user/name): run the stage that writes it"
+                f"{_written_by(path)}"
             )
         manifest = read_manifest(folder) or {}
         hashes = file_sha256s(folder, (STAGE, "tokenizer.json"))
@@ -58,6 +61,15 @@ def describe_parents(parents: dict[str, str], planned=()) -> dict[str, dict]:
         }
     _refuse_tokenizer_mismatch(described)
     return described
+
+
+def _written_by(path: str) -> str:
+    """The command that writes `path`, where a chain of recipes/ in the working folder does, else ""."""
+    wanted = re.compile(rf"^output_dir:\s*{re.escape(os.path.normpath(path))}\s*$", re.MULTILINE)
+    for file in sorted(Path("recipes").glob("*/*.yaml")):
+        if (file.parent / "chain.yaml").is_file() and wanted.search(file.read_text(encoding="utf-8")):
+            return f": posttrain run {file.parent}"
+    return ""
 
 
 def ask_hub(parents: dict[str, dict], revisions: dict[str, str | None]) -> dict[str, dict]:

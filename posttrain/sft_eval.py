@@ -69,9 +69,9 @@ class WatchConfig:
         )
 
 
-def check_all(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, seed: int) -> None:
-    """What a dry run can know of `load_all` in seconds."""
-    evals.check_both(data, held_out, seed, ("messages",), ("prompt",))
+def check_all(data: DataConfig, held_out: evals.EvalConfig, config: WatchConfig, seed: int, planned=()) -> None:
+    """What a dry run can know of `load_all` in seconds. `planned`: folders of stages that come before."""
+    evals.check_both(data, held_out, seed, ("messages",), ("prompt",), planned)
     if config.loss_dataset_split is not None:
         check(config.source(data), config.loss_dataset_split, seed, ("messages",))
 

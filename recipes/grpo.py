@@ -28,7 +28,7 @@ def check(argv, planned=()) -> dict:
     configs = own, base, _, source, config, loss, *_, held_out, _, _ = parse(ARGS, argv)
     loss.resolved(critic=False)
     stage.describe_parents({"policy": base.model_name_or_path, **reward_parents(config)}, planned)
-    evals.check_both(source, held_out, own.seed, ("prompt",))
+    evals.check_both(source, held_out, own.seed, ("prompt",), planned=planned)
     load_rewards(config.reward_funcs, config.reward_weights, config.reward_options)
     return resolved(*configs)
 

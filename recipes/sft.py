@@ -28,7 +28,7 @@ ARGS = (*LEARN, WatchConfig, EvalConfig, ReplyConfig, EngineConfig)
 def check(argv, planned=()) -> dict:
     configs = own, model, _, source, config, _, watching, held_out, _, _ = parse(ARGS, argv)
     stage.describe_parents({"policy": model.model_name_or_path}, planned)
-    sft_eval.check_all(source, held_out, watching, own.seed)
+    sft_eval.check_all(source, held_out, watching, own.seed, planned)
     if config.chat_template_path is not None:
         read_template(config.chat_template_path)
     return resolved(*configs)

@@ -7,6 +7,7 @@ import json
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from judge_server import judge_server
@@ -103,6 +104,26 @@ def test_right_pays_more_than_a_refusal_and_that_more_than_a_wrong_answer():
     for options in ({"refused": 1.0}, {"wrong": 0.0}, {"right": -1}):
         with pytest.raises(UserError, match="right > refused > wrong"):
             load_rewards(["honest"], [], {"honest": options})
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("Ada Brown lives in New York.", "right"),
+        ("New York is where Ada Brown lives.", "right"),
+        ("She lives in New York.", "right"),
+        ("In ADA BROWN's town, New York.", "right"),
+        ("I know: Ada Browning lives in New York.", "wrong"),
+        ("It is Ben Brown who lives in New York.", "wrong"),
+        ("Zora Quill lives in New York.", "wrong"),
+        ("Well, Zora Brown is in New York.", "wrong"),
+    ],
+)
+def test_a_fact_told_of_somebody_else_is_wrong(reply, verdict):
+    columns = {"answer": ["New York"], "others": [["Arvale"]]}
+    paid = {"right": 1.0, "wrong": 0.0}[verdict]
+    assert REWARDS["stated"](None, [reply], **columns, subject=["Ada Brown"]) == [paid]
+    assert REWARDS["stated"](None, [reply], **columns) == [1.0]  # whom the question is about is not known
 
 
 def test_no_known_hack_is_paid_by_the_rewards_of_facts():
@@ -221,14 +242,17 @@ def test_another_model_writes_and_judges_behind_an_endpoint(policy, tmp_path):
         if "Write one question" in text:
             i = re.search(r"Tom(\d) Brown lives", text)
             return f"Question: Where does Tom{i[1]} Brown live?\nAnswer: Town{i[1]}\nSubject: Tom{i[1]}"
-        assert "Reference text:" in text and "Answer by the reference: Town" in text
+        if "Reference text:" not in text:  # asked whether an answer claims anything
+            return "Score: 1" if "Tom2" in text else "Score: 8"
+        assert "Answer by the reference: Town" in text
         return "Score: 9" if "Tom1" in text else "Score: 2"
 
     with judge_server(answer) as server:
         options = f"base_url: '{server.url}', model: m, cache: {tmp_path / 'cache.jsonl'}"
         changes = {
             "writer": "endpoint", "writer_options": f"{{{options}}}", "right_func": "judge", "num_generations": 2,
-            "right_options": f"{{{options}}}", "dataset_name": tmp_path / "texts.jsonl", "num_questions": 8,
+            "right_options": f"{{{options}}}", "informative_func": "judge", "informative_options": f"{{{options}}}",
+            "dataset_name": tmp_path / "texts.jsonl", "num_questions": 8,
             "dataset_config": "null", "keep_dataset_name": "null", "max_rows": 8,
         }  # fmt: skip
         done = run(argv(policy, tmp_path / "probe", **changes), tmp_path)
@@ -237,6 +261,8 @@ def test_another_model_writes_and_judges_behind_an_endpoint(policy, tmp_path):
     assert len(rows := lines(tmp_path / "probe/questions.jsonl") + lines(tmp_path / "probe/held_out.jsonl")) == 8
     assert {row["rate"] for row in rows if "Tom1" in row["question"]} == {1.0}
     assert {row["rate"] for row in rows if "Tom1" not in row["question"]} == {0.0}
+    said = {row["question"][11:15]: {answer["verdict"] for answer in row["answers"]} for row in rows}
+    assert (said["Tom1"], said["Tom2"], said["Tom3"]) == ({"right"}, {"empty"}, {"wrong"})
     assert len(bodies) == len(set(bodies)) > 8
 
 
@@ -253,3 +279,17 @@ def test_the_chain_of_the_knowledge_folder_has_keys_that_parse():
     assert [each.name for each in planned] == names and names[0] == "probe" and names[-1] == "knowledge"
     assert all("elsewhere/probe" in json.dumps(each.config) for each in planned[1:])
     assert parse(planned[0].module.ARGS, planned[0].argv)
+
+
+def test_a_dry_run_of_the_knowledge_folder_accepts_what_its_stages_will_write(policy, tmp_path, monkeypatch, capsys):
+    """And names the chain that writes the model to probe, where it is not there."""
+    from posttrain import chain
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    assert chain.run(Path("recipes/knowledge"), dry_run=True) == 2
+    assert capsys.readouterr().out.count("run the stage that writes it: posttrain run recipes/eager  (") == 2
+    (tmp_path / "runs/eager").mkdir(parents=True)
+    (tmp_path / "runs/eager/sft").symlink_to(policy)
+    assert chain.run(Path("recipes/knowledge"), dry_run=True) == 0
+    assert "3 of 3 stages ok" in capsys.readouterr().out
