@@ -82,7 +82,7 @@ def measure(subject, asked: Asked, found) -> dict[str, dict]:
         ]
     found.more["answers"] = answers
     if len(curve) > 1:
-        found.more["few_shot"] = curve
+        found.more["few_shot_curve"] = curve
     return metrics
 
 

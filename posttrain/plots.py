@@ -171,6 +171,16 @@ def density_plot(found: list[dict]) -> Markup:
     return plot("counting and spelling", lines, x="tokens a character", y="right, %")
 
 
+def few_shot_plot(points: list[dict]) -> Markup:
+    """`few_shot_eval`'s curve: shares in percent and similarities, which are 0 to 100, against examples shown."""
+    lines = []
+    for name in [name for name in points[0] if name != "examples"]:
+        scale = 100 if points[0][name]["unit"] == "%" else 1
+        each = [(p["examples"], *(scale * p[name][key] for key in ("value", "low", "high"))) for p in points]
+        lines.append(Line(name, each, len(lines), kind="full" if len(lines) < 3 else "thin"))
+    return plot("few-shot", lines, x="examples in the prompt", y="0 to 100")
+
+
 def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:
     """(caption, picture) of what a stage's manifest holds beside its metrics; [] where it holds no such thing."""
     kinds = {

@@ -99,9 +99,15 @@ def test_a_curve_over_examples_is_of_the_same_questions(base, base_tokenizer, tm
         assert found["metrics"][f"exact match after {name}"]["value"] == pytest.approx(sum(expected) / 3)
         chrf = [chrf_by_hand(reply, output) for reply, output in zip(after[shots], outputs, strict=True)]
         assert found["metrics"][f"sentence chrF after {name}"]["value"] == pytest.approx(sum(chrf) / 3, abs=1e-6)
-    assert [point["examples"] for point in found["few_shot"]] == [0, 2]
+    assert [point["examples"] for point in found["few_shot_curve"]] == [0, 2]
     said = [(row["examples"], row["input"]) for row in found["answers"]]
     assert said == [(shots, text) for shots in (0, 2) for text in asked]
+    command(["eval", base, "--suite", "base", *flags, "--max_tokens", "6", "--use_vllm", "false"])
+    stored = json.loads((Path(base) / "evals/base.json").read_text())
+    name = "exact match after 2 examples"
+    assert stored["metrics"][name]["value"] == found["metrics"][name]["value"]
+    assert "examples in the prompt" in (Path(base) / "evals/base.svg").read_text()
+    assert command(["eval", "--again", str(Path(base) / "evals/base.json")]) == 0
     with pytest.raises(UserError, match="--num_fewshot: found 5, and .* has 5 rows"):
         command(["eval", base, *flags[:2], "--num_fewshot", "0", "5"])
     with pytest.raises(UserError, match="--as_turns: does nothing without --few_shot FILE"):
