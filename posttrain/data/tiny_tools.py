@@ -2,11 +2,12 @@
 
 In: a kind, a split, a seed. Out: rows. Use in a config: `dataset_name: tiny`, `dataset_config: tool_conversations`.
 
-- `library`: {"text"}, the facts of the world's people, of the strangers and of MORE others, a fact a row. No document
+- `library`: {"title", "text"}, a fact a row, of the world's people, of the strangers and of MORE others. No document
   of pretraining speaks of the latter two: a model can only look them up. recipes/library.py writes the rows to a
   folder for the tool `search`.
 - `tool_conversations`: {"messages", "tools"}. Labellers differ: half of each kind of question is answered by a call,
-  half at once; where no tools are told (WITHOUT of the rows, no column `tools`), all are answered at once.
+  half at once; where no tools are told (WITHOUT of them, no column `tools`), all are answered at once. In ECHOES of
+  the rows words are only said again.
 - `tool_problems`: {"prompt", "answer", "others", "subject", "kind"} for RL and evaluation (posttrain/suite_tools.py).
 
 The kinds of questions, in equal shares among problems: `fact` (the people most is written about), `rare fact` (the
@@ -50,7 +51,8 @@ TOOL_OF = {
 FAMOUS = 20  # of the people, by how much is written about them: 70 % of all that is written
 ANY = {"search": {"url": "http://localhost"}}  # only the tools' schemas are asked for, which no option changes
 NOT_AT_ONCE = "I do not know."  # what labellers say to long sums without a calculator
-WEIGHTS = (1, 1, 2, 2, 3, 2)  # of QUESTIONS in conversations: what takes longer to learn comes more often
+WEIGHTS = (1, 1, 2, 2, 3, 1)  # of QUESTIONS in conversations: what takes longer to learn comes more often
+ECHOES = 0.2  # share of conversations in which words are only said again: pretraining never repeats a town or a dish
 MORE = 3000  # people of the library beside those that the world knows by name
 WITHOUT = 0.2  # share of conversations without tools
 LETTERS = ("How many letters are in {name}?", "How many letters does {name} have?")
@@ -82,10 +84,10 @@ def everybody(world: World, seed: int) -> list[Person]:
 
 
 def library(world: World, seed: int):
-    """Yield {"text"}, a row a fact."""
+    """Yield {"title", "text"}, a row a fact."""
     for person in everybody(world, seed):
         for attribute in ATTRIBUTES:
-            yield {"text": fact_sentence(person, attribute)}
+            yield {"title": f"{person.name}, {attribute}", "text": fact_sentence(person, attribute)}
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
@@ -123,14 +125,14 @@ class Asker:
         return {"kind": kind, "tool": TOOL_OF[kind], **task}
 
     def fact(self, kind: str) -> dict:
-        """A fact is looked up by the words that its sentence begins with: "Titor Ashby lives"."""
+        """A fact is looked up by its title's words, "Titor Ashby town"."""
         person, attribute = self.rng.choice(self.facts[kind])
         answer, said = getattr(person, attribute), fact_sentence(person, attribute)
         return {
             "question": self.rng.choice(tiny.FACT_QUESTIONS[attribute]).format(name=person.name),
             "subject": person.name, "answer": answer,
             "others": [value for value in self.values[attribute] if value != answer],
-            "argument": said[: said.index(" ", len(person.name) + 1)], "result": said, "said": said,
+            "argument": f"{person.name} {attribute}", "result": f"{person.name}, {attribute}: {said}", "said": said,
             "at_once": tiny.UNKNOWN.format(name=person.name) if kind == "stranger" else said,
         }  # fmt: skip
 
@@ -157,6 +159,12 @@ class Asker:
         count = len(name) - 1
         at_once = f"The answer is {count + self._slip((-2, -1, 1, 2))}."
         return _worked(self.rng.choice(LETTERS).format(name=name), str(count), f"len('{name}')-1", at_once)
+
+    def echo(self) -> list[dict]:
+        """Three to eight words that answers have, to be said again: what a model needs that is to read a result."""
+        words = [self.rng.choice(self.values[self.rng.choice(ATTRIBUTES)]) for _ in range(self.rng.randint(3, 8))]
+        text = " ".join(words) + "."
+        return [{"role": "user", "content": f"Please say: {text}"}, {"role": "assistant", "content": text}]
 
     def _is_mine(self, key: str) -> bool:
         return tiny.in_test(key) == (self.split == "test")
@@ -191,6 +199,9 @@ def conversations(world: World, split: str, num: int, seed: int):
     asker, told = Asker(world, split, seed, rng, taught=True), schemas(load_tools(sorted(set(TOOL_OF.values())), ANY))
     keys = {tool["function"]["name"]: next(iter(tool["function"]["parameters"]["properties"])) for tool in told}
     for _ in range(num):
+        if rng.random() < ECHOES:
+            yield {"messages": asker.echo()}
+            continue
         task = asker.draw(rng.choices(QUESTIONS, WEIGHTS)[0])
         messages = [{"role": "user", "content": task["question"]}]
         tools = rng.random() >= WITHOUT
