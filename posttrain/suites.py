@@ -344,7 +344,7 @@ def keep(model: str, given: Namespace, told: dict) -> list[str]:
     (folder / EVALS).mkdir(exist_ok=True)
     write_json(folder / EVALS / f"{name}.json", told)
     picture, details = None, told.get("details") or {}
-    drawn = {"curve": plots.thinking_plot, "density": plots.density_plot}
+    drawn = {"curve": plots.thinking_plot, "density": plots.density_plot, "few_shot_curve": plots.few_shot_plot}
     for key in drawn.keys() & details.keys():
         picture = f"{name}.svg"
         (folder / EVALS / picture).write_text(plots.standalone(drawn[key](details[key])), encoding="utf-8")
