@@ -340,9 +340,13 @@ class RLTrainer:
         if self.watch is None or not self.watch.due(self.step):
             return {}
         self.collector.wait()  # what is sampled ahead is sampled with the weights it was begun with
-        self._sync()
-        with self._timed("watch"), self._whole():
-            return self.watch.during()
+        try:
+            self._sync()
+            with self._timed("watch"), self._whole():
+                return self.watch.during()
+        except EngineError:
+            state.save_alone(self)  # as in `collect`
+            raise
 
     def _check_mismatch(self, numbers: dict) -> None:
         """The step's first log-probabilities come from the weights the engine sampled with: both must agree. Sampled
