@@ -5,10 +5,11 @@ MODEL/evals/NAME.json and NAME.md; with --json all of it, with the settings and 
 Run: posttrain eval runs/tiny --suite math                       # every stage, each against its parent
      posttrain eval MODEL --suite math --data gsm8k
      posttrain eval runs/tiny/ppo --suite chat --against runs/tiny/sft --reward runs/tiny/reward
+     posttrain eval runs/tiny --suite think --budgets 0 8 16 32  # accuracy against tokens to think
      posttrain eval --again runs/tiny/grpo/evals/math.json       # the same figure again?
      posttrain eval runs/tiny/reward --data tiny --data_config rankings
      posttrain eval runs/tiny/pretrain --data tiny --data_config documents --train_data tiny    # bits per byte
-     posttrain eval runs/tiny/pretrain --few_shot examples/few_shot_facts.jsonl
+     posttrain eval runs/tiny/pretrain --few_shot examples/few_shot_facts.jsonl --num_fewshot 0 1 4
      posttrain eval MODEL --regurgitation --train_data train.jsonl --data held_out.jsonl
      posttrain eval MODEL --tasks arc_easy --limit 100
 """
@@ -171,7 +172,7 @@ def _without_suite(options) -> int:
     if given:
         raise UserError(f"{', '.join(given)}: works with --suite think; add that or leave it out")
     if options.tools:
-        raise UserError("--tools: works with --suite tools and spelling; add one or leave it out")
+        raise UserError("--tools: works with a suite of replies, such as --suite tools; add one or leave it out")
     if is_run(options.model):
         raise UserError(f"{options.model} is a run: add --suite {', '.join(SUITES)}, or name one of its stages")
     check_folder(options.model)

@@ -63,13 +63,15 @@ class Words:
 @dataclass(frozen=True)
 class Frame:
     """The same as token ids. `mark`: the text by which a reply says that its thoughts are over: the closing tag, or,
-    without tags, the answer's opening."""
+    without tags, the answer's opening; `opens`: the tag by which it says that it thinks, "" where nothing
+    need say so."""
 
     at_once: list[int]
     in_steps: list[int]
     answer: list[int]
     go_on: list[int]
     mark: str
+    opens: str
     tags: bool
     decode: Callable[[list[int]], str]
 
@@ -90,14 +92,22 @@ class Frame:
                             f"to hold {mark!r}, such as {tags.closing + words.at_once!r}")  # fmt: skip
         opening, closing = (tags.opening, tags.closing) if tags else ("", "")
         return cls(
-            ids(opening + closing + words.at_once), ids(opening + words.in_steps), ids(words.answer),
-            ids(words.go_on), mark, tags is not None, lambda some: tokenizer.decode(some, skip_special_tokens=False),
-        )  # fmt: skip
+            at_once=ids(opening + closing + words.at_once),
+            in_steps=ids(opening + words.in_steps),
+            answer=ids(words.answer),
+            go_on=ids(words.go_on),
+            mark=mark,
+            opens=opening.strip(),
+            tags=tags is not None,
+            decode=lambda some: tokenizer.decode(some, skip_special_tokens=False),
+        )
 
     def end_of_thoughts(self, completion: Completion) -> int:
         """The place of the first id that belongs to the mark, behind the words that the reply was made to begin with;
-        of a reply without the mark its length, its end token not counted."""
+        of a reply without the mark its length, its end token not counted; of one that opened no thoughts its start."""
         ids, start = completion.ids, self.start(completion)
+        if self.opens and self.opens not in self.decode(ids):
+            return start
         place = self.decode(ids[start:]).find(self.mark)
         if place < 0:
             return len(ids) - (completion.stop == "stop")

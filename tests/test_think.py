@@ -158,6 +158,9 @@ def test_tags_are_those_that_the_template_writes(base_tokenizer, model, tmp_path
     thinker = Thinker.__new__(Thinker)  # no model answers here: what of a reply is judged
     thinker.frame, thinker.tokenizer, thinker.rows = frame, tokenizer, [{"prompt": ask, "answer": "9"}]
     assert thinker.right({"in steps": [reply]}, 1) == {"in steps": [[1.0]]}  # the thoughts' own answers do not count
+    plain = Completion(tokenizer("The answer is 9.", add_special_tokens=False)["input_ids"], [], "stop")
+    judged = thinker.right({"free": [plain]}, 1)["free"][0]  # it opened no thoughts, where it had to open them itself
+    assert judged == ([0.0] if name == "deepseek_r1" else [1.0])
     with pytest.raises(UserError, match="--answer: found ' The answer', which does not close the template's thoughts"):
         Frame.of(tokenizer, WORDS)
 
