@@ -26,7 +26,10 @@ from posttrain.rewards.code import code_blocks
 from posttrain.rewards.math import marked_answer, parse_number
 from posttrain.rl.rollout import Sampling
 from posttrain.rl.scoring import call_rewards
+from posttrain.rl.tools import ToolEngine
 from posttrain.rl.types import Completion, Rollouts
+from posttrain.tool_calls import ToolLimits
+from posttrain.tools import load_tools, with_tools
 
 VERIFIERS = {"math": "correct", "code": "code"}
 FIRST_SHOWN, WRONG_SHOWN = 4, 8  # replies kept to look at: of the first prompts, and the first wrong ones
@@ -46,6 +49,19 @@ class Settings:
     top_k: int = 0
     system: str | None = None
     reward_funcs: tuple[str, ...] = ()
+    tools: tuple[str, ...] = ()
+    tool_options: dict = field(default_factory=dict)
+    max_tool_calls: int = ToolLimits.max_tool_calls
+    max_tool_tokens: int = ToolLimits.max_tool_tokens
+    tool_timeout: float = ToolLimits.tool_timeout
+
+    def engine(self, subject):
+        """What samples: the subject's engine, with the tools where there are some."""
+        if not self.tools:
+            return subject.engine
+        limits = {key: getattr(self, key) for key in ("max_tool_calls", "max_tool_tokens", "tool_timeout")}
+        loaded = load_tools(list(self.tools), self.tool_options)
+        return ToolEngine(subject.engine, loaded, subject.tokenizer, **limits)
 
     def sampling(self, stops) -> Sampling:
         return Sampling(
@@ -118,22 +134,29 @@ def measure(subject, rows: list[dict], settings: Settings) -> Found:
     """Sample and judge. UserError for rows that the suite cannot judge, or a base model that it cannot ask."""
     check_columns(rows, settings.suite)
     rewards = _rewards(settings)
+    if settings.tools and not subject.tokenizer.chat_template:
+        raise UserError(f"--tools: {subject.options.model} has no chat template, so it cannot call any")
+    rows = with_tools(rows, list(settings.tools), settings.tool_options)
     asker = Asker(subject, rows, settings)
     sampling = settings.sampling(asker.stops)
     each = "1 reply" if sampling.n == 1 else f"{sampling.n} replies"
     subject.study.note(
         f"{len(asker.rows)} prompt{'s' * (len(asker.rows) != 1)}, {each} each, at most {sampling.max_tokens} tokens"
     )
-    replies = asker.replies(sampling)
+    engine = settings.engine(subject)
+    replies = asker.replies(sampling, engine)
     texts = [decode(subject.tokenizer, completion.ids, asker.stops) for completion in replies.completions]
     found = Found(rows=[row["row"] for row in asker.rows], replies=replies, texts=texts)
     values = _judged(settings, rewards, replies, texts, subject.tokenizer)
     if asker.chats:
         values["replies that end"] = [float(c.stop == "stop") for c in replies.completions]
     values["reply length"] = [float(len(c.ids)) for c in replies.completions]
+    if settings.tools:
+        values["replies that call"] = [float(c.calls > 0) for c in replies.completions]
+        values["replies with a failed call"] = [float(c.failed_calls > 0) for c in replies.completions]
     _summarise(found, settings, values)
     if settings.suite == "math" and settings.temperature > 0:
-        found.by_row["pass@1, greedy"] = _greedy(asker, sampling, subject.tokenizer)
+        found.by_row["pass@1, greedy"] = _greedy(asker, sampling, engine, subject.tokenizer)
     if settings.suite == "identity":
         groups = [texts[start : start + sampling.n] for start in range(0, len(texts), sampling.n)]
         found.metrics |= _identity_by_fact(asker.rows, groups)
@@ -228,9 +251,9 @@ def answer_of(text: str) -> str | None:
     return "".join(marked.split()) if number is None else f"{number.value}{'%' * number.percent}"
 
 
-def _greedy(asker: Asker, sampling: Sampling, tokenizer) -> list[float]:
+def _greedy(asker: Asker, sampling: Sampling, engine, tokenizer) -> list[float]:
     once = Sampling(1, sampling.max_tokens, sampling.stop_ids, temperature=0.0)
-    return call_rewards(load_rewards(["correct"], []), asker.replies(once), tokenizer)["correct"]
+    return call_rewards(load_rewards(["correct"], []), asker.replies(once, engine), tokenizer)["correct"]
 
 
 def _mean(values: list[float | None]) -> float | None:

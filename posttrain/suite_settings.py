@@ -24,7 +24,7 @@ SUITES = (*REPLY_SUITES, "base", "tiny")
 # What decides a figure of the suites of replies: these flags and no others.
 COMMON_FLAGS = ("suite", "data", "data_config", "data_adapter", "split", "rows", "seed", "use_vllm", "max_tokens")
 THINK_FLAGS = ("budgets", "at_least", "at_once", "in_steps", "steps_system", "answer", "answer_tokens", "go_on")
-TOOL_SUITES = ("tools", "spelling")
+TOOL_SUITES = ("tools", "spelling", "math", "code", "identity", "chat")
 TOOL_FLAGS = ("tools", "tool_options", "max_tool_calls", "max_tool_tokens", "tool_timeout")
 REPLY_FLAGS = (
     "num_generations", "temperature", "top_p", "top_k", "sample_seed", "system", "reward_funcs", "identity", "against",

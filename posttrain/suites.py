@@ -122,7 +122,7 @@ def check_flags(given: Namespace) -> None:
                                 f"leave --{flag} out")  # fmt: skip
     _check_think(given)
     if given.tools and given.suite not in TOOL_SUITES:
-        raise UserError(f"--tools: works with --suite {' and '.join(TOOL_SUITES)}, found --suite {given.suite}; take "
+        raise UserError(f"--tools: works with --suite {', '.join(TOOL_SUITES)}, found --suite {given.suite}; take "
                         "one of these or leave --tools out")  # fmt: skip
     if given.judge and not given.judge_model:
         raise UserError("--judge: needs --judge_model, the name under which that server has the judge")
@@ -161,10 +161,12 @@ def _measure_replies(target: Target, given: Namespace, rows: list[dict], descrip
 
 def reply_settings(given: Namespace):
     from posttrain.suite_replies import Settings
+    from posttrain.tools.flags import options_of
 
     return Settings(
         given.suite, given.num_generations, given.max_tokens, given.sample_seed, given.temperature, given.top_p,
-        given.top_k, given.system, tuple(given.reward_funcs),
+        given.top_k, given.system, tuple(given.reward_funcs), tuple(given.tools or ()), options_of(given),
+        given.max_tool_calls, given.max_tool_tokens, given.tool_timeout,
     )  # fmt: skip
 
 

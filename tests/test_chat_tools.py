@@ -192,7 +192,8 @@ def test_a_conversation_of_the_room(models, small_chain, tools):
     talk = Talk()
     *_, (shown, _, _) = written(pool, talk, "sum", "6*7?", False, HOW)
     assert '<summary>calculator(expression=&#39;6*7&#39;)</summary><pre dir="auto">42</pre>' in shown
-    list(written(pool, talk, "sum", "And?", False, HOW))
+    *_, (_, _, tokens) = written(pool, talk, "sum", "And?", True, HOW)
+    assert tokens.index("turn user") < tokens.index("turn tool") < tokens.index("Reply")
     assert talk.turns[-1].read == [*SUM, {"role": "user", "content": "And?"}]
     list(written(pool, Talk(turns := []), "sft", "Hello", False, (*HOW[:4], 4, "1")))
     assert "its chat template has no tools" in turns[-1].remark

@@ -34,10 +34,11 @@ class Turn:
     writing: bool = True
     said: list[dict] = field(default_factory=list)  # the reply as messages, with calls of tools and their answers
     running: str = ""  # the call that is being answered
+    tools: list[dict] | None = None  # schemas that the prompt told of
 
     def take(self, piece: Piece) -> None:
         self.reply, self.tokens, self.prompt_ids, self.read = piece.text, piece.tokens, piece.prompt_ids, piece.read
-        self.remark, self.said, self.running = piece.note, piece.said, piece.running
+        self.remark, self.said, self.running, self.tools = piece.note, piece.said, piece.running, piece.tools
 
     def close(self, why: str, settings: Settings, seconds: float) -> None:
         """`why` it ended where that is worth a word."""
@@ -199,7 +200,7 @@ def token_view(pool: Pool, talk: Talk) -> str:
     if turn.is_base:
         before = view.by_probability(prompt, "Prompt", f"{first} tokens")
     else:
-        before = view.role_legend() + view.prompt(pool.tokenizer(turn.stage), turn.read, turn.prompt_ids)
+        before = view.role_legend() + view.prompt(pool.tokenizer(turn.stage), turn.read, turn.prompt_ids, turn.tools)
     return str(before + view.probability_legend() + view.by_probability(reply, "Reply", f"{len(reply)} tokens"))
 
 

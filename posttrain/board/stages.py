@@ -73,8 +73,9 @@ class Drawn(NamedTuple):
 class Piece:
     """A reply so far. `text` is without the token that ended it and without unfinished characters; `tokens` (one list
     that grows) have all. `read` are the messages that `prompt_ids` render, without turns that the context has no room
-    for; none for a base model. `said` is the reply as messages, with calls of tools and their answers; `running` the
-    call that is being answered. `ended`: this is the last piece; `note` then says why, where no end token came."""
+    for, and `tools` the schemas beside them; none for a base model. `said` is the reply as messages, with calls of
+    tools and their answers; `running` the call that is being answered. `ended`: this is the last piece; `note` then
+    says why, where no end token came."""
 
     text: str
     tokens: list[Drawn]
@@ -84,6 +85,7 @@ class Piece:
     note: str = ""
     said: list[dict] = field(default_factory=list)
     running: str = ""
+    tools: list[dict] | None = None
 
 
 def check_text(text: str, name: str) -> None:
@@ -313,7 +315,8 @@ def _stream(loaded: Loaded, is_base: bool, messages: list[dict], settings: Setti
     head = [{"role": "system", "content": session.system}] if session.system else []
     given = [] if is_base else [*head, *session.messages, messages[-1]]
     reply, read, tokens = Reply(session, ids), token_reader(loaded.tokenizer), []
-    yield Piece("", tokens, ids, given, note=said)
+    told = session.runner and session.runner.template.shown
+    yield Piece("", tokens, ids, given, note=said, tools=told)
     for event in _one_at_a_time(loaded.lock, iter(reply)):
         running = ""
         if isinstance(event, Use):
@@ -321,12 +324,12 @@ def _stream(loaded: Loaded, is_base: bool, messages: list[dict], settings: Setti
         else:
             tokens.append(Drawn(event.token, read(event.token), event.probability))
         text = reply.stream.text[: reply.stream.shown]
-        yield Piece(text, tokens, ids, given, note=said, said=reply.said, running=running)
+        yield Piece(text, tokens, ids, given, note=said, said=reply.said, running=running, tools=told)
         if running:
             reply.carry_out(event)  # without the lock: others' replies go on meanwhile
     notes = [said, "" if reply.ended else reply.cut]
     remark = "; ".join(filter(None, notes))
-    yield Piece(reply.stream.text, tokens, ids, given, ended=True, note=remark, said=reply.messages)
+    yield Piece(reply.stream.text, tokens, ids, given, ended=True, note=remark, said=reply.messages, tools=told)
 
 
 def _give_tools(session, tools) -> str:

@@ -117,17 +117,19 @@ def by_role(tokens: list[Token], name: str, remark: str) -> Markup:
     return _section(name, remark, Markup("").join(parts), len(tokens))
 
 
-def conversation(tokenizer, messages: list[dict], ids: list[int], mask: list[int], opened: bool) -> list[Token]:
+def conversation(
+    tokenizer, messages: list[dict], ids: list[int], mask: list[int], opened: bool, tools=None
+) -> list[Token]:
     """`ids`, which render `messages`, with their roles; `mask`: 1 = marked, one an id; `opened`: a reply's beginning
     stands at the end."""
     control, read = control_tokens(tokenizer), token_reader(tokenizer)
-    roles = token_roles(tokenizer, Conversation(PROBE_ROW, messages, ids, opened=opened))
+    roles = token_roles(tokenizer, Conversation(PROBE_ROW, messages, ids, tools, opened))
     return [Token(read(id), id, role, bool(m), id in control) for id, role, m in zip(ids, roles, mask, strict=True)]
 
 
-def prompt(tokenizer, messages: list[dict], ids: list[int]) -> Markup:
+def prompt(tokenizer, messages: list[dict], ids: list[int], tools=None) -> Markup:
     """The tokens that a chat model is given: `messages` rendered, and what opens its reply."""
-    tokens = conversation(tokenizer, messages, ids, [0] * len(ids), opened=True)
+    tokens = conversation(tokenizer, messages, ids, [0] * len(ids), opened=True, tools=tools)
     return by_role(tokens, "Prompt", f"{len(ids)} tokens, as the chat template renders it")
 
 
