@@ -210,14 +210,15 @@ def _place(name: str) -> int:
 
 
 def _differences(found: Found, curve: list[dict]) -> None:
-    """Adds what each way changes against answering at once, paired over prompts, to metrics and points."""
+    """Adds what each way changes against answering at once, paired over prompts: to the points, pass@1 to metrics."""
     for name in ("pass@1", "greedy"):
         start = found.by_row[f"{name}, {AT_ONCE}"]
         for point in curve[1:]:
             column = found.by_row[f"{name}, {point['label']}"]
             gaps = [100 * (new - old) for new, old in zip(column, start, strict=True)]
             point[f"{name} less at once"] = difference(gaps, "points")
-            found.metrics[f"{name}, {point['label']} less at once"] = point[f"{name} less at once"]
+            if name == "pass@1":
+                found.metrics[f"{name}, {point['label']} less at once"] = point[f"{name} less at once"]
 
 
 def _samples(thinker: Thinker, sampled: dict, right: dict, n: int) -> list[dict]:
