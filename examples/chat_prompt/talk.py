@@ -8,7 +8,8 @@ a right reply states, `others` what else it could be. A reply ends at its line's
     python -m examples.chat_prompt.talk runs/examples/chat_prompt
     accelerate launch recipes/pretrain.py --config examples/chat_prompt/pretrain.yaml
     posttrain complete runs/examples/chat_prompt/base --few_shot runs/examples/chat_prompt/facts.jsonl \
-        --num_fewshot 4 --prompt 'Where does Safin Holtton live?' --few_shot_format 'Human: {input}\nAssistant: {output}'
+        --num_fewshot 4 --few_shot_format 'Human: {input}\nAssistant: {output}' \
+        --prompt 'Where does Safin Holtton live?'
     posttrain eval runs/examples/chat_prompt/base --few_shot runs/examples/chat_prompt/facts.jsonl \
         --num_fewshot 0 1 4 8 --few_shot_format 'Human: {input}\nAssistant: {output}'
     posttrain eval runs/tiny/sft --few_shot runs/examples/chat_prompt/facts.jsonl --num_fewshot 0 --as_turns
