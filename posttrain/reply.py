@@ -11,7 +11,6 @@ from typing import NamedTuple
 from posttrain.decoding import sample
 from posttrain.tool_calls import Call
 
-
 LONGEST_TITLE = 300  # characters
 
 
