@@ -119,8 +119,9 @@ def test_options_of_other_tools_and_folders_without_text(tmp_path):
     with pytest.raises(UserError, match="has no text; expected files of .txt, .md, .jsonl"):
         load_tools(["search"], {"search": {"folder": str(tmp_path)}})
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n')
+    broken = load_tools(["search"], {"search": {"folder": str(tmp_path)}})
     with pytest.raises(UserError, match="b.jsonl:2: found .*expected an object with 'text'"):
-        search(folder=str(tmp_path))("a")
+        ToolRunner(tool_tokenizer(), broken)  # before anything trains
 
 
 # ---- an endpoint ----------------------------------------------------------------------------------------------------

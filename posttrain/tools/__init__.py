@@ -32,12 +32,12 @@ KINDS = {"string": str, "integer": int, "number": (int, float), "boolean": bool,
 @dataclass(frozen=True)
 class Tool:
     """`schema` is {"type": "function", "function": {"name", "description", "parameters"}}, as templates take it.
-    `require` raises UserError where the tool cannot run on this machine; None: it can anywhere."""
+    `require` makes the tool ready, and raises UserError where it cannot run here; None: it can anywhere."""
 
     name: str
     function: Callable
     schema: dict
-    require: Callable[[], None] | None = None
+    require: Callable[[], object] | None = None
 
     def call(self, arguments: dict, timeout: float = 30.0) -> str:
         """What the function answers, as text; "error: ..." for wrong arguments, an exception, or no answer in time.
@@ -172,7 +172,7 @@ def _require_sandbox() -> None:
         raise UserError(f"tools: python: {obstacle}")
 
 
-def _tool(name: str, function: Callable, require: Callable[[], None] | None = None) -> Tool:
+def _tool(name: str, function: Callable, require: Callable[[], object] | None = None) -> Tool:
     from transformers.utils import get_json_schema
     from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException
 

@@ -5,15 +5,16 @@
     tool_options: {search: {url: "http://127.0.0.1:8888/search?format=json"}}     # or any endpoint that answers JSON
 
 A folder's `.txt` and `.md` files and `.jsonl` files with `text` (and `title`, where a row has one) are cut at ends of
-sentences into passages of at most `max_chars` characters. The index is built at the first search, and once (BM25 of
-Robertson et al. as Lucene has it, by bm25s; words of English that stand everywhere are left out). An endpoint gets the
-query as `query_key` of a GET request. Read are SearXNG's answers ({"results": [...]}) and plain lists, of texts or of
-objects with a text under one of TEXT_KEYS, and a `title` where they have one.
+sentences into passages of at most `max_chars` characters. The index is built once, when a model is given the tool or
+at the first search (BM25 of Robertson et al. as Lucene has it, by bm25s; words of English that stand everywhere are
+left out). An endpoint gets the query as `query_key` of a GET request. Read are SearXNG's answers ({"results": [...]})
+and plain lists, of texts or of objects with a text under one of TEXT_KEYS, and a `title` where they have one.
 """
 
 import json
 import re
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 TEXT_KEYS = ("content", "text", "snippet", "description")
 MOST_BYTES = 2_000_000  # of an endpoint's answer
 NOTHING = "nothing found"
+_BUILDING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ class SearchOptions:
             raise UserError(f"url: found {self.url!r}, expected http://... or https://...")
 
 
-def search_tool(options: SearchOptions) -> tuple[Callable[[str], str], Callable[[], None]]:
-    """(the tool's function, what raises UserError where an endpoint does not answer). UserError for a folder without
-    texts."""
+def search_tool(options: SearchOptions) -> tuple[Callable[[str], str], Callable[[], object]]:
+    """(the tool's function, what makes it ready: builds the index, or asks the endpoint). UserError for a folder
+    without texts, and when it is made ready for a file that cannot be read or an endpoint that does not answer."""
     look, require = _folder_search(options) if options.url is None else _endpoint_search(options)
 
     def search(query: str) -> str:
@@ -77,7 +79,7 @@ def search_tool(options: SearchOptions) -> tuple[Callable[[str], str], Callable[
 # ---- a folder -------------------------------------------------------------------------------------------------------
 
 
-def _folder_search(options: SearchOptions) -> tuple[Callable[[str], str], Callable[[], None]]:
+def _folder_search(options: SearchOptions) -> tuple[Callable[[str], str], Callable[[], "Index"]]:
     folder = Path(options.folder)
     if not folder.is_dir():
         raise UserError(f"tool_options: search: folder: no folder {options.folder!r}; expected one with documents")
@@ -88,26 +90,24 @@ def _folder_search(options: SearchOptions) -> tuple[Callable[[str], str], Callab
         )
     seen = tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
 
+    def index() -> Index:
+        with _BUILDING:  # calls come side by side
+            return _index(seen, options.max_chars)
+
     def look(query: str) -> str:
-        found = _index(seen, options.max_chars).best(query, options.num_results)
-        return "\n".join(found) or NOTHING
+        return "\n".join(index().best(query, options.num_results)) or NOTHING
 
-    return look, _bm25
-
-
-def _bm25():
-    try:
-        import bm25s
-    except ImportError as error:
-        raise UserError("the search tool needs bm25s: pip install 'posttrain[search]'") from error
-    return bm25s
+    return look, index
 
 
 class Index:
     """BM25 over passages; UserError where bm25s is not installed."""
 
     def __init__(self, passages: list[str]):
-        bm25s = _bm25()
+        try:
+            import bm25s
+        except ImportError as error:
+            raise UserError("the search tool needs bm25s: pip install 'posttrain[search]'") from error
         self.passages, self.tokenize = passages, bm25s.tokenize
         self.scores = bm25s.BM25(backend="numpy")
         self.scores.index(self.tokenize(passages, show_progress=False), show_progress=False)
