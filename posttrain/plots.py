@@ -4,12 +4,14 @@ In: points with intervals, as manifests and `bestof.json` store them. Out: `Mark
 report's colours; `standalone` gives it colours of its own, for a file.
 """
 
+import json
 import math
 import re
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from posttrain.errors import UserError
 from posttrain.figures import ticks
 from posttrain.tokenizer_figure import compression_bars
 
@@ -179,6 +181,27 @@ def few_shot_plot(points: list[dict]) -> Markup:
         each = [(p["examples"], *(scale * p[name][key] for key in ("value", "low", "high"))) for p in points]
         lines.append(Line(name, each, len(lines), kind="full" if len(lines) < 3 else "thin"))
     return plot("few-shot", lines, x="examples in the prompt", y="0 to 100")
+
+
+# What an evaluation's details may hold: (caption, how it is drawn).
+EVALUATIONS = {
+    "curve": ("right answers against tokens a reply", thinking_plot),
+    "density": ("right answers by tokens a character", density_plot),
+    "few_shot_curve": ("answers by examples in the prompt", few_shot_plot),
+}
+
+
+def evaluation_pictures(details: object) -> list[tuple[str, Markup]]:
+    """(caption, picture) of each curve in what `posttrain eval` stored as details; UserError for one that is none."""
+    found = []
+    for key, (caption, draw) in EVALUATIONS.items() if isinstance(details, dict) else ():
+        if key in details:
+            try:
+                json.dumps(details[key], allow_nan=False)
+                found.append((caption, draw(details[key])))
+            except (KeyError, IndexError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+                raise UserError(f"details.{key} cannot be drawn ({type(error).__name__}: {error})") from error
+    return found
 
 
 def stage_pictures(manifest: dict) -> list[tuple[str, Markup]]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from posttrain import figures
-from posttrain.plots import thinking_plot
+from posttrain.errors import UserError
+from posttrain.plots import evaluation_pictures
 from posttrain.report_read import Stage
 
 LONGEST_TEXT = 4000  # characters of one reply or prompt; the rest is counted, not shown
@@ -81,7 +82,7 @@ def summary(stages: list[Stage]) -> tuple[int, list[str]]:
 def evaluations(stages: list[Stage]) -> list[dict]:
     """One table a suite over the stages that have it: {"suite", "stages", "rows": [(metric, unit, [(figure or None,
     its paired change in words)])], "settings": those all its files share, "commands", "conclusions": sentences,
-    "pictures": [(stage, picture)]}."""
+    "pictures": [(caption, picture)]}."""
     tables = []
     for suite in dict.fromkeys(suite for stage in stages for suite in stage.evals):
         having = [stage for stage in stages if suite in stage.evals]
@@ -97,15 +98,21 @@ def evaluations(stages: list[Stage]) -> list[dict]:
         commands = [str(each["command"]) for each in told if each.get("command")]
         tables.append({"suite": suite, "stages": having, "rows": rows, "settings": shared, "commands": commands})
         tables[-1]["conclusions"] = list(said)
-        tables[-1]["pictures"] = pictures_of(having, told)
+        tables[-1]["pictures"] = pictures_of(having, suite)
     return tables
 
 
-def pictures_of(stages: list[Stage], told: list[dict]) -> list[tuple[str, Markup]]:
-    """(stage, picture) of the evaluations that hold a curve of accuracy against tokens."""
-    details = [each["details"] if isinstance(each.get("details"), dict) else {} for each in told]
-    found = zip(stages, details, strict=True)
-    return [(stage.name, thinking_plot(each["curve"])) for stage, each in found if each.get("curve")]
+def pictures_of(stages: list[Stage], suite: str) -> list[tuple[str, Markup]]:
+    """(stage and caption, picture) of the curves that a suite's evaluations hold. UserError names one that is none."""
+    found = []
+    for stage in stages:
+        try:
+            pictures = evaluation_pictures(stage.evals[suite].get("details"))
+        except UserError as error:
+            mend = "evaluate again, or remove the file"
+            raise UserError(f"{stage.name}/evals/{suite}.json: {error}; {mend}") from error
+        found += [(f"{stage.name}: {caption}", picture) for caption, picture in pictures]
+    return found
 
 
 def _change(told: dict, name: str) -> str:

@@ -113,29 +113,8 @@ def _evals(folder: Path) -> dict[str, dict]:
         if not isinstance(told.get("metrics"), dict) or not isinstance(told.setdefault("samples", []), list):
             raise UserError(f"{path}: expected metrics by name and a list of samples; {mend}")
         _require_figures(path, [(f"metrics[{name!r}]", entry) for name, entry in told["metrics"].items()], mend)
-        details = told.get("details")
-        curve = details.get("curve") if isinstance(details, dict) else None
-        if curve is not None and not _is_thinking(curve):
-            raise UserError(f"{path}: details.curve is no curve of accuracy against tokens; {mend}")
         found[path.stem] = told
     return found
-
-
-def _is_thinking(curve: object) -> bool:
-    """Points {"label", "tokens", "greedy tokens", "greedy", "pass@1", ...} of finite figures, tokens above 0."""
-    needed = ("tokens", "greedy tokens", "greedy", "pass@1")
-    if not isinstance(curve, list) or not curve or not all(isinstance(point, dict) for point in curve):
-        return False
-    for point in curve:
-        entries = [point.get(key) for key in {*needed, *(key for key in curve[0] if key.startswith("pass@"))}]
-        if not isinstance(point.get("label"), str) or not all(isinstance(entry, dict) for entry in entries):
-            return False
-        numbers = [entry.get(key) for entry in entries for key in ("value", "low", "high")]
-        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-            return False
-        if min(point[key]["value"] for key in needed[:2]) <= 0:
-            return False
-    return any(point["label"] != "free" for point in curve)
 
 
 def _best_of(folder: Path) -> dict[str, list[dict]]:

@@ -345,11 +345,10 @@ def keep(model: str, given: Namespace, told: dict) -> list[str]:
         return [f"{folder} cannot be written: nothing is stored there; --json FILE stores it elsewhere"]
     (folder / EVALS).mkdir(exist_ok=True)
     write_json(folder / EVALS / f"{name}.json", told)
-    picture, details = None, told.get("details") or {}
-    drawn = {"curve": plots.thinking_plot, "density": plots.density_plot, "few_shot_curve": plots.few_shot_plot}
-    for key in drawn.keys() & details.keys():
+    picture = None
+    for _, svg in plots.evaluation_pictures(told.get("details")):  # a suite has one at most
         picture = f"{name}.svg"
-        (folder / EVALS / picture).write_text(plots.standalone(drawn[key](details[key])), encoding="utf-8")
+        (folder / EVALS / picture).write_text(plots.standalone(svg), encoding="utf-8")
     (folder / EVALS / f"{name}.md").write_text(suite_table.markdown(told, picture), encoding="utf-8")
     if (folder / STAGE).is_file():  # its model card shows them, too
         card.write(folder)

@@ -221,17 +221,23 @@ def test_the_suite_stores_a_curve_that_repeats(folder, capsys, tmp_path):
         assert greedy["metrics"][f"greedy, {name}"] == told["metrics"][f"greedy, {name}"]
 
 
-def test_the_report_shows_the_picture_and_refuses_a_curve_that_is_none(folder, tmp_path):
+def test_the_report_shows_the_picture_and_refuses_a_curve_that_is_none(folder):
     stage = Stage("chat", "finished", evals=_evals(folder))
     [table] = evaluations([stage])
     [(name, picture)] = table["pictures"]
-    assert name == "chat" and "temperature 0" in picture and "pass@2" in picture
-    told = json.loads((folder / "evals/think.json").read_text())
-    told["details"]["curve"][0]["greedy"] = {"value": None}
-    (tmp_path / "evals").mkdir()
-    (tmp_path / "evals/think.json").write_text(json.dumps(told))
-    with pytest.raises(UserError, match="think.json: details.curve is no curve of accuracy against tokens; evaluate"):
-        _evals(tmp_path)
+    assert name == "chat: right answers against tokens a reply"
+    assert "temperature 0" in picture and "pass@2" in picture
+    curve = stage.evals["think"]["details"]["curve"]
+    for broken in (
+        [],
+        "none",
+        [{}],
+        [{**curve[0], "greedy": {"value": None}}],
+        [{**curve[0], "pass@1": float("nan")}],
+    ):
+        stage.evals["think"]["details"]["curve"] = broken
+        with pytest.raises(UserError, match=r"chat/evals/think.json: details.curve cannot be drawn .*evaluate again"):
+            evaluations([stage])
 
 
 def test_the_axis_of_tokens_is_logarithmic():
