@@ -162,7 +162,7 @@ class Server:
     async def _session(self, told: Future) -> None:
         import mcp
 
-        async with mcp.Client(self._target, read_timeout_seconds=self.options.timeout) as client:
+        async with mcp.Client(self._target, read_timeout_seconds=START_SECONDS) as client:
             page = await client.list_tools()
             tools = list(page.tools)
             while page.next_cursor:
@@ -177,7 +177,8 @@ class Server:
         client = self.client
         if client is None:
             return f"error: {self.name}: the server has ended"
-        asked = asyncio.run_coroutine_threadsafe(client.call_tool(tool, arguments), self._loop)
+        answer = client.call_tool(tool, arguments, read_timeout_seconds=self.options.timeout)
+        asked = asyncio.run_coroutine_threadsafe(answer, self._loop)
         try:
             found = asked.result(self.options.timeout + 1)
         except TimeoutError:
