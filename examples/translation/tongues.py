@@ -1,4 +1,4 @@
-"""Few-shot translation: a base model that has read three invented languages is told by examples which one is meant.
+r"""Few-shot translation: a base model that has read three invented languages is told by examples which one is meant.
 
 In: nothing but the seed. Out, in a folder: `parallel.jsonl`, documents of six sentence pairs in one language each, to
 read beside tiny's documents; `orrish.jsonl`, `vellan.jsonl` and `tukish.jsonl`, each with eight examples and sixty
@@ -7,7 +7,7 @@ adjective after noun. Nothing in a document names its language, so that without 
 
     python -m examples.translation.tongues runs/examples/translation
     accelerate launch recipes/pretrain.py --config examples/translation/pretrain.yaml
-    posttrain eval runs/examples/translation/base --few_shot runs/examples/translation/orrish.jsonl \\
+    posttrain eval runs/examples/translation/base --few_shot runs/examples/translation/orrish.jsonl \
         --few_shot_format '{input} = {output}' --num_fewshot 0 1 2 4 8 --similarity chrf bleu
 """
 
