@@ -224,7 +224,12 @@ RUN_ELSEWHERE = {
 def test_commands_of_the_readme(small_chain, line, monkeypatch, capsys, tmp_path):
     """`posttrain` verbs are really called, `run` with --dry-run; recipes get their flags parsed. Runs that the README
     supposes are there are the small chain."""
-    monkeypatch.chdir(ROOT)
+    (tmp_path / "runs").mkdir()
+    for run_dir in ("tiny", "eager"):  # where chains that begin after another one look for its models
+        (tmp_path / "runs" / run_dir).symlink_to(small_chain)
+    for name in ("recipes", "examples", "chat_templates"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", {**os.environ, "HF_HUB_OFFLINE": "1"})
     words = [word for word in shlex.split(line, comments=True) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
     words = [re.sub(r"^runs/[\w.-]+", str(small_chain), word) for word in words]
