@@ -24,7 +24,7 @@ from posttrain.tool_calls import ToolLimits
 from posttrain.tools import flags, load_tools, schemas
 
 HOSTILE = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script> \u202eegap\x1b[2J <|im_end|>"
-ODD_TOOLS = f'''
+TALKING_TOOLS = f'''
 import time
 
 def say(what: str) -> str:
@@ -61,10 +61,10 @@ SLEEPS = talk("Sleep", "say", "what", "sleep", "never", "Slept.")
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tools")
-    (folder / "odd_tools.py").write_text(ODD_TOOLS)
+    (folder / "talking_tools.py").write_text(TALKING_TOOLS)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        return load_tools(["calculator", "odd_tools.say"])
+        return load_tools(["calculator", "talking_tools.say"])
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +126,14 @@ def test_ctrl_c_while_a_tool_runs_keeps_the_conversation(models, tools):
     session = Session(*load(models["sleeps"]), 0, 1, 200, 0)
     session.set_tools(tools)
     main = threading.main_thread().ident
-    threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    ctrl_c = threading.Timer(1.0, lambda: signal.pthread_kill(main, signal.SIGINT))
+    ctrl_c.start()
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        session.turn("Sleep")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            session.turn("Sleep")
+    finally:
+        ctrl_c.cancel()  # a turn that ends early must not end pytest
     assert time.monotonic() - start < 20
     assert session.messages == [
         {"role": "user", "content": "Sleep"},
