@@ -91,6 +91,9 @@ def measure(options: Namespace, done: Callable = lambda given, result: None) -> 
             bases = [target.name for target in found if not target.chats]
             left_out += [f"{name}: left out, it has no chat template and the rows no few_shot" for name in bases]
             found = [target for target in found if target.chats] or found
+        if len(found) > 1 and given.tools:
+            found, unable = _that_call(found, given)
+            left_out += unable
         one = _with_judge(partial(_measure_replies, given=given, rows=rows, description=description), given)
     else:
         one = partial(_measure_base, given=given)
@@ -102,6 +105,24 @@ def measure(options: Namespace, done: Callable = lambda given, result: None) -> 
             result.changes = paired(parent.found, result.found, target.parent)
         done(given, result)
     return given, list(results.values()), left_out
+
+
+def _that_call(found: list[Target], given: Namespace) -> tuple[list[Target], list[str]]:
+    """(the stages whose template can write calls of the tools, a line for each other one); all where none can: the
+    first that is asked says why."""
+    from posttrain.models import load_tokenizer
+    from posttrain.tool_calls import ToolTemplate
+    from posttrain.tools import load_tools
+    from posttrain.tools.flags import options_of
+
+    tools, able, left_out = load_tools(given.tools, options_of(given)), [], []
+    for target in found:
+        try:
+            ToolTemplate(load_tokenizer(target.path), tools)
+            able.append(target)
+        except UserError:
+            left_out.append(f"{target.name}: left out, its chat template cannot write calls of the tools")
+    return (able, left_out) if able else (found, [])
 
 
 def _with_judge(one: Callable, given: Namespace) -> Callable:

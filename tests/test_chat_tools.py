@@ -14,12 +14,14 @@ import pytest
 from board_helpers import Board, reciter
 from template_helpers import source
 
+from posttrain import suites
 from posttrain.board.chat_room import Talk, written
 from posttrain.board.stages import Pool, Settings, find
 from posttrain.chat import encode_chat, set_template
 from posttrain.errors import UserError
 from posttrain.reply import whole
 from posttrain.serve import Session, chat, load
+from posttrain.suite_settings import Target
 from posttrain.tool_calls import ToolLimits
 from posttrain.tools import flags, load_tools, schemas
 
@@ -224,3 +226,12 @@ def test_the_page_folds_calls_and_a_hostile_answer_is_inert(models, tools):
             assert not opened.outside and not opened.faults
     finally:
         running.stop()
+
+
+def test_an_evaluation_of_a_run_leaves_out_stages_that_cannot_call(models, small_chain):
+    given = SimpleNamespace(tools=["calculator"], tool_options=None)
+    able, unable = (Target(name, str(path), {}, None, True) for name, path in
+                    [("sum", models["sum"]), ("sft", small_chain / "sft")])  # fmt: skip
+    said = "sft: left out, its chat template cannot write calls of the tools"
+    assert suites._that_call([able, unable], given) == ([able], [said])
+    assert suites._that_call([unable, unable], given) == ([unable, unable], [])

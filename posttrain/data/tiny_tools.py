@@ -48,10 +48,10 @@ TOOL_OF = {
     "fact": "search", "rare fact": "search", "stranger": "search", "sum": "calculator", "long sum": "calculator",
     "letters": "python",
 }  # fmt: skip
-FAMOUS = 20  # of the people, by how much is written about them: 70 % of all that is written
+FAMOUS = 10  # of the people, by how much is written about them: 56 % of all that is written
 ANY = {"search": {"url": "http://localhost"}}  # only the tools' schemas are asked for, which no option changes
 NOT_AT_ONCE = "I do not know."  # what labellers say to long sums without a calculator
-WEIGHTS = (1, 1, 2, 2, 3, 1)  # of QUESTIONS in conversations: what takes longer to learn comes more often
+WEIGHTS = (3, 1, 2, 2, 3, 1)  # of QUESTIONS in conversations: what takes longer to learn comes more often
 ECHOES = 0.2  # share of conversations in which words are only said again: pretraining never repeats a town or a dish
 MORE = 3000  # people of the library beside those that the world knows by name
 WITHOUT = 0.2  # share of conversations without tools
