@@ -5,12 +5,15 @@ Run: pytest tests/test_tools_search.py
 
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from recipe_runs import ROOT
 from test_tool_rollouts import tool_tokenizer
 
 from posttrain.errors import UserError
@@ -189,3 +192,18 @@ def test_an_endpoint_that_fails_or_goes_away_while_the_model_talks(endpoint):
     assert tools[0].call({"query": "x"}).startswith("error: the search failed: no JSON")
     gone = load_tools(["search"], {"search": {"url": "http://127.0.0.1:9"}})
     assert "ConnectError" in gone[0].call({"query": "x"})
+
+
+def test_the_index_leaves_numba_alone(tmp_path):
+    """vLLM 0.31 dies where llvmlite is loaded, which numba brings and bm25s would import."""
+    (tmp_path / "a.txt").write_text("Titor Ashby lives in Arvale.")
+    script = (
+        "import sys; from posttrain.tools import load_tools; "
+        f"[tool] = load_tools(['search'], {{'search': {{'folder': {str(tmp_path)!r}}}}}); "
+        "print(tool.call({'query': 'Ashby'})); print([n for n in sys.modules if n in ('numba', 'llvmlite')]); "
+        "import numba"
+    )
+    pytest.importorskip("numba", reason="numba is not installed: nothing to import")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "Titor Ashby lives in Arvale.\n[]\n"

@@ -13,6 +13,7 @@ and plain lists, of texts or of objects with a text under one of TEXT_KEYS, and 
 
 import json
 import re
+import sys
 import textwrap
 import threading
 import time
@@ -104,10 +105,7 @@ class Index:
     """BM25 over passages; UserError where bm25s is not installed."""
 
     def __init__(self, passages: list[str]):
-        try:
-            import bm25s
-        except ImportError as error:
-            raise UserError("the search tool needs bm25s: pip install 'posttrain[search]'") from error
+        bm25s = _bm25s()
         self.passages, self.tokenize = passages, bm25s.tokenize
         self.scores = bm25s.BM25(backend="numpy")
         self.scores.index(self.tokenize(passages, show_progress=False), show_progress=False)
@@ -120,6 +118,25 @@ class Index:
         scores = self.scores.get_scores(words)
         order = (-scores).argsort(kind="stable")[:num]
         return [self.passages[place] for place in order if scores[place] > 0]
+
+
+def _bm25s():
+    """The library without numba, which it imports where that is installed though numpy is all that is used here.
+
+    That would cost seconds, and vLLM 0.31 cannot be started behind it: it looks through the attributes of all loaded
+    modules and dies at one of numba's llvmlite, whose `__dict__` is a function.
+    """
+    loaded = sys.modules.get("numba", sys)  # None would say that it cannot be imported
+    if loaded is sys:
+        sys.modules["numba"] = None
+    try:
+        import bm25s
+    except ImportError as error:
+        raise UserError("the search tool needs bm25s: pip install 'posttrain[search]'") from error
+    finally:
+        if loaded is sys:
+            del sys.modules["numba"]
+    return bm25s
 
 
 @lru_cache(maxsize=4)
