@@ -10,7 +10,7 @@ In: a kind, a split, a seed. Out: rows. Use in a config: `dataset_name: tiny`, `
   the rows words are only said again.
 - `tool_problems`: {"prompt", "answer", "others", "subject", "kind"} for RL and evaluation (posttrain/suite_tools.py).
 
-The kinds of questions, in equal shares among problems: `fact` (the people most is written about), `rare fact` (the
+The kinds of questions, in equal shares among held-out problems: `fact` (the people most is written about), `rare fact` (the
 others), `stranger`, `sum` of two digits, `long sum` of three or four, `letters` (how many a name has).
 Facts that these conversations state, those of the problems to train on and the held-out ones are three different
 sets: a policy trained on what SFT has just taught it would find itself surer than it is. Conversations look up the
@@ -44,6 +44,9 @@ DEFAULT_ROWS = {
     "tool_problems": {"train": 4_000, "test": 300},
 }
 QUESTIONS = ("fact", "rare fact", "stranger", "sum", "long sum", "letters")
+# Among the questions about people that RL trains on as many can be known as have to be looked up: where most have to,
+# what is learned first is to look up everybody.
+TRAINED_ON = ("fact", "rare fact", "fact", "stranger", "sum", "long sum", "letters", "sum")
 TOOL_OF = {
     "fact": "search", "rare fact": "search", "stranger": "search", "sum": "calculator", "long sum": "calculator",
     "letters": "python",
@@ -221,8 +224,9 @@ def problems(world: World, split: str, num: int, seed: int):
     """Yield the rows of `tool_problems`: the kinds in turn, a question once while new ones last."""
     rng = random.Random(f"tool_problems-{split}-{seed}")
     asker, seen = Asker(world, split, seed, rng, taught=False), set()
+    asked = QUESTIONS if split == "test" else TRAINED_ON
     for index in range(num):
-        kind = QUESTIONS[index % len(QUESTIONS)]
+        kind = asked[index % len(asked)]
         task = asker.draw(kind)
         for _ in range(20):  # tries to find a question not asked yet
             if task["question"] not in seen:
