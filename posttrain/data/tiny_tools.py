@@ -11,7 +11,7 @@ In: a kind, a split, a seed. Out: rows. Use in a config: `dataset_name: tiny`, `
 - `tool_problems`: {"prompt", "answer", "others", "subject", "kind"} for RL and evaluation (posttrain/suite_tools.py).
 
 The kinds of questions, in equal shares among held-out problems: `fact` (the people most is written about),
-`rare fact` (the others), `stranger`, `sum` of two digits, `long sum` of three or four, `letters` (how many a name has).
+`rare fact` (the others), `stranger`, `sum` of two digits, `long sum` of three or four, `letters` (of a name).
 Facts that these conversations state, those of the problems to train on and the held-out ones are three different
 sets: a policy trained on what SFT has just taught it would find itself surer than it is. Conversations look up the
 many others and each of them hardly twice, so that what they teach is to read the result and not to remember it.
