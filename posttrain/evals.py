@@ -199,18 +199,18 @@ def judge(rollouts: Rollouts, tokenizer, config: ReplyConfig, more=()) -> dict[s
 
 
 def tool_metrics(rollouts: Rollouts) -> dict[str, dict]:
-    """Of replies that could call tools: the share that called one, calls a reply, and the share of those that call
-    whose calls failed at least once; intervals over prompts."""
+    """Of replies that could call tools: the share that called one, calls a reply, and the share with a call that
+    failed; intervals over prompts."""
     n, completions = rollouts.num_generations, rollouts.completions
     if any(c.calls is None for c in completions):
         return {}
     calls = by_prompt([float(c.calls) for c in completions], n)
-    metrics = {
+    failed = by_prompt([float(c.failed_calls > 0) for c in completions], n)
+    return {
         "replies that call": measured([sum(map(bool, g)) / n for g in calls], "%"),
         "calls": measured([sum(g) / n for g in calls], "a reply"),
+        "replies with a failed call": measured([sum(g) / n for g in failed], "%"),
     }
-    failed = [float(c.failed_calls > 0) for c in completions if c.calls]
-    return metrics | ({"replies with a failed call": measured(failed, "%")} if failed else {})
 
 
 def measure_replies(
