@@ -228,7 +228,7 @@ def test_load_reward(tmp_path, monkeypatch):
     assert load_reward("own_rewards.short")(["?"], ["!"]) == [1.0]
     for name, error in {
         "corect": "did you mean 'correct'",
-        "zzz": "known: code, correct, format",
+        "zzz": "known: answered, call_cost, code, correct, format",
         "own_reward.short": "no module 'own_reward'",
         "posttrain.rewardz.short": "no module 'posttrain.rewardz'",
         "own_rewards.shirt": "did you mean 'short'",
