@@ -7,6 +7,7 @@ Rows are encoded by `chat.encode_chat` and packed by `packing.best_fit` rather t
 batch to one row unless FlashAttention is there: on a CPU its attention then grows with the square of the batch.
 """
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -138,12 +139,17 @@ def make_watch(stage, config: SFTConfig, eval_steps: int = 0, evaluate=None):
     """The callback that ties Hugging Face's loop to the stage: log, progress, atomic checkpoints, stops."""
     from transformers import TrainerCallback
 
+    def _is_due(step: int) -> bool:
+        return eval_steps > 0 and step > 0 and step % eval_steps == 0
+
     class Watch(TrainerCallback):
         rows: list[torch.Tensor] = []  # of the micro-batches since the last update
         progress: Progress | None = None
 
         def on_train_begin(self, args, state, control, **_):
             self.progress = Progress(stage.name, config.max_steps, initial=state.global_step)
+            if stage.main and _is_due(state.global_step) and not measured(stage, state.global_step):
+                self._measure(state.global_step)  # a signal came first, and a stop does not wait for it
 
         def on_pre_optimizer_step(self, args, state, control, model=None, **_):
             norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
@@ -157,12 +163,15 @@ def make_watch(stage, config: SFTConfig, eval_steps: int = 0, evaluate=None):
 
         def on_step_end(self, args, state, control, **_):
             self.progress.update()
-            if stage.main and eval_steps and state.global_step % eval_steps == 0 and not stage.stopping:
-                numbers = evaluate(state.global_step)
-                stage.log(state.global_step, **numbers)
-                self.progress.update(0, **numbers)
+            if stage.main and _is_due(state.global_step) and not stage.stopping:
+                self._measure(state.global_step)
             control.should_training_stop |= stage.stopping
             control.should_save |= stage.due(state.global_step, config.max_steps)
+
+        def _measure(self, step: int) -> None:
+            numbers = evaluate(step)
+            stage.log(step, **numbers)
+            self.progress.update(0, **numbers)
 
         def on_log(self, args, state, control, logs=None, **_):
             numbers = {k: v for k, v in logs.items() if isinstance(v, (int, float))}
@@ -178,6 +187,12 @@ def make_watch(stage, config: SFTConfig, eval_steps: int = 0, evaluate=None):
                 stage.save(state.global_step, lambda folder: _move(written, folder))
 
     return Watch()
+
+
+def measured(stage, step: int) -> bool:
+    """Whether the log has what `evaluate` found after this step: a line without a loss."""
+    lines = (stage.output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return any(row["step"] == step and "loss" not in row for row in map(json.loads, lines))
 
 
 def _move(source: str, folder) -> None:

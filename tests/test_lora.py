@@ -202,13 +202,16 @@ def test_sft_with_adapters(small_chain, tmp_path):
 
 
 def test_sft_with_adapters_goes_on_bit_equal(small_chain, tmp_path):
-    settings = {"use_peft": "true", "max_steps": 40, "eval_steps": 5, "loss_dataset_split": "test"}
+    """It measures after every step: what the signal kept it from is made up for when it goes on."""
+    settings = {"use_peft": "true", "max_steps": 24, "eval_steps": 1, "loss_dataset_split": "test"}
     straight = run(argv("sft", small_chain, tmp_path / "straight", **settings), tmp_path)
     assert straight.returncode == 0, straight.stderr
     arguments = argv("sft", small_chain, tmp_path / "stopped", **settings)
-    stopped = Running(arguments, tmp_path).stop_at(12, TERM, tmp_path / "stopped")
+    stopped = Running(arguments, tmp_path).stop_at(6, TERM, tmp_path / "stopped")
     assert stopped.returncode == 143, stopped.stderr
     again = run(arguments, tmp_path)
     assert again.returncode == 0 and "resuming" in again.stdout, again.stderr
-    assert result(tmp_path / "stopped") == result(tmp_path / "straight")
+    found, expected = result(tmp_path / "stopped"), result(tmp_path / "straight")
+    found["log"].sort(key=lambda line: (line["step"], "loss" in line))  # within a step it may come last
+    assert found == expected
     assert log(tmp_path / "stopped", "samples.jsonl") == log(tmp_path / "straight", "samples.jsonl")
