@@ -17,7 +17,7 @@ from posttrain.rl.rollout import Sampling
 from posttrain.rl.scoring import call_rewards
 from posttrain.rl.tools import ToolEngine
 from posttrain.rl.types import Rollouts
-from posttrain.tool_calls import ToolLimits
+from posttrain.tool_calls import ToolLimits, limits_of
 from posttrain.tools import check_tools, load_tools, with_tools
 
 EVAL_SEED = 20_000  # apart from any training seed: the same problems are sampled the same way in every stage
@@ -67,7 +67,7 @@ class ReplyConfig:
 
     @property
     def tool_limits(self) -> dict:
-        return {key: getattr(self, key) for key in ("max_tool_calls", "max_tool_tokens", "tool_timeout")}
+        return limits_of(self)
 
     def told(self, rows: list[dict]) -> list[dict]:
         """Held-out rows whose prompts tell the model of eval_tools, where they are set; [] takes tools away."""

@@ -97,14 +97,14 @@ def _lines(subject, asked: Asked, shots: int) -> list[str]:
 
 def _turns(subject, asked: Asked, shots: int) -> list[str]:
     """The chat model's reply to each question, the examples as turns before it."""
-    from posttrain.chat import decode, encode_chat, stop_ids
+    from posttrain.chat import decode, stop_ids
+    from posttrain.evals import prompt_ids
 
     tokenizer, before = subject.tokenizer, []
     for row in asked.rows[:shots]:
         before += [{"role": "user", "content": row.input}, {"role": "assistant", "content": row.output}]
     prompts = [
-        encode_chat(tokenizer, [*before, {"role": "user", "content": row.input}], add_generation_prompt=True).input_ids
-        for row in asked.questions
+        prompt_ids(tokenizer, {"prompt": [*before, {"role": "user", "content": row.input}]}) for row in asked.questions
     ]
     stops, options = stop_ids(tokenizer, subject.model), subject.options
     found = greedy_replies(subject.engine, prompts, options.max_tokens, stops, subject.context, options.seed)

@@ -19,23 +19,10 @@ import asyncio
 import hashlib
 import random
 import re
-from itertools import product
 
 from posttrain.chat import decode, encode_chat
 from posttrain.data import tiny
-from posttrain.data.tiny_world import (
-    ATTRIBUTES,
-    DISHES,
-    FIRST,
-    FOURTH,
-    JOBS,
-    PETS,
-    SECOND,
-    THIRD,
-    World,
-    fact_sentence,
-    make_world,
-)  # fmt: skip
+from posttrain.data.tiny_world import ATTRIBUTES, World, fact_sentence, make_world, unused_names, values_of
 from posttrain.errors import UserError
 from posttrain.identity_eval import claims, read_text
 from posttrain.lookup import nearest
@@ -79,7 +66,7 @@ def tiny_questions(documents: list[str], num: int | None, seed: int, *, stranger
     """Questions in every wording about the facts that documents of the world `seed` state, in a seeded order, `num` of
     them at most (None: all); and one about each of `strangers` people of whom no document speaks."""
     world, rng = make_world(seed), random.Random(f"probe-{seed}")
-    values = {"town": [town[0] for town in world.towns], "job": JOBS, "pet": PETS, "dish": DISHES}
+    values = values_of(world)
     facts = {
         fact_sentence(person, attribute): (person, attribute) for person in world.people for attribute in ATTRIBUTES
     }
@@ -109,9 +96,7 @@ def tiny_questions(documents: list[str], num: int | None, seed: int, *, stranger
 
 def _unheard_of(world: World, num: int, rng: random.Random) -> list[str]:
     """Names made as the world makes them, of nobody in it: neither its people nor its own strangers."""
-    taken = {person.name for person in world.people} | set(world.strangers)
-    names = [f"{a}{b} {c}{d}" for a, b, c, d in product(FIRST, SECOND, THIRD, FOURTH)]
-    free = [name for name in names if name not in taken]
+    free = unused_names(world)
     if num > len(free):
         raise UserError(f"writer_options: strangers: found {num}, expected at most {len(free)}, the names there are")
     return rng.sample(free, num)

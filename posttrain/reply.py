@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from posttrain.decoding import sample
-from posttrain.tool_calls import Call
+from posttrain.tool_calls import Call, decoded
 
 LONGEST_TITLE = 300  # characters
 
@@ -152,8 +152,3 @@ class TextStream:
     def take(self, stop: int) -> str:
         new, self.shown = self.text[self.shown : stop], max(self.shown, stop)
         return new
-
-
-def decoded(tokenizer, ids: list[int]) -> str:
-    """A turn's text without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

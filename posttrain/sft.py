@@ -7,7 +7,6 @@ Rows are encoded by `chat.encode_chat` and packed by `packing.best_fit` rather t
 batch to one row unless FlashAttention is there: on a CPU its attention then grows with the square of the batch.
 """
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from functools import partial
 import torch
 
 from posttrain.args import arg, at_least
+from posttrain.doctor import read_log
 from posttrain.errors import UserError
 from posttrain.liger import takes_liger
 from posttrain.processes import refuse_shards
@@ -191,8 +191,7 @@ def make_watch(stage, config: SFTConfig, eval_steps: int = 0, evaluate=None):
 
 def measured(stage, step: int) -> bool:
     """Whether the log has what `evaluate` found after this step: a line without a loss."""
-    lines = (stage.output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return any(row["step"] == step and "loss" not in row for row in map(json.loads, lines))
+    return any(row["step"] == step and "loss" not in row for row in read_log(stage.output_dir / "log.jsonl"))
 
 
 def _move(source: str, folder) -> None:

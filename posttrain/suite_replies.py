@@ -10,8 +10,9 @@ arXiv:2203.11171). Rows are sampled as the stages' own evaluations sample them, 
 same figure here and there.
 """
 
+from argparse import Namespace
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 from posttrain import suite_chat
 from posttrain.best_of_n import powers
@@ -28,8 +29,9 @@ from posttrain.rl.rollout import Sampling
 from posttrain.rl.scoring import call_rewards
 from posttrain.rl.tools import ToolEngine
 from posttrain.rl.types import Completion, Rollouts
-from posttrain.tool_calls import ToolLimits
+from posttrain.tool_calls import ToolLimits, limits_of
 from posttrain.tools import load_tools, with_tools
+from posttrain.tools.flags import options_of
 
 VERIFIERS = {"math": "correct", "code": "code"}
 FIRST_SHOWN, WRONG_SHOWN = 4, 8  # replies kept to look at: of the first prompts, and the first wrong ones
@@ -55,13 +57,18 @@ class Settings:
     max_tool_tokens: int = ToolLimits.max_tool_tokens
     tool_timeout: float = ToolLimits.tool_timeout
 
+    @classmethod
+    def of(cls, given: Namespace) -> "Settings":
+        values = {each.name: getattr(given, each.name) for each in fields(cls)}
+        listed = {key: tuple(values[key] or ()) for key in ("reward_funcs", "tools")}
+        return cls(**values | listed | {"tool_options": options_of(given)})
+
     def engine(self, subject):
         """What samples: the subject's engine, with the tools where there are some."""
         if not self.tools:
             return subject.engine
-        limits = {key: getattr(self, key) for key in ("max_tool_calls", "max_tool_tokens", "tool_timeout")}
         loaded = load_tools(list(self.tools), self.tool_options)
-        return ToolEngine(subject.engine, loaded, subject.tokenizer, **limits)
+        return ToolEngine(subject.engine, loaded, subject.tokenizer, **limits_of(self))
 
     def sampling(self, stops) -> Sampling:
         return Sampling(

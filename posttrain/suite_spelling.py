@@ -14,7 +14,7 @@ tokens that hold several each. Prompts are the observations; the change that too
 from posttrain.errors import UserError
 from posttrain.intervals import measured
 from posttrain.suite_table import aligned, shown
-from posttrain.suite_tools import CALLS, WITH, WITHOUT, Both, Settings, judged, means, samples, share
+from posttrain.suite_tools import CALLS, WITH, WITHOUT, Both, Settings, judged, means, samples, share, stored
 from posttrain.suites import difference
 
 EDGES = (0.15, 0.25, 0.35, 0.5)  # tokens a character: bins end there
@@ -54,7 +54,7 @@ def measure(subject, rows: list[dict], settings: Settings):
         gaps = [100 * (new - old) for new, old in zip(columns[WITH], columns[WITHOUT], strict=True)]
         found.metrics[TOOLS_CHANGE] = difference(gaps, "points")
     found.samples = samples(replies[first], scores[first], subject.tokenizer, both.bare.stops)
-    found.more = {**settings.stored, "engine": subject.engine.name, "stop_ids": list(both.bare.stops)}
+    found.more = {**stored(settings), "engine": subject.engine.name, "stop_ids": list(both.bare.stops)}
     found.more["groups"] = {place: sum(members) for place, members in groups.items()}
     found.more["density"] = points(densities, columns, groups)
     return found

@@ -11,24 +11,20 @@ tools is right less than half of the time (NEEDED), not needed where it is right
 answer is the reply's last turn (the reward `answered`). Prompts are the observations; changes are paired.
 """
 
-from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from posttrain.chat import decode
 from posttrain.errors import UserError
 from posttrain.evals import by_prompt, prompt_text
 from posttrain.intervals import measured
 from posttrain.rewards import load_rewards
-from posttrain.rl.rollout import Sampling
 from posttrain.rl.scoring import call_rewards
-from posttrain.rl.tools import ToolEngine
 from posttrain.rl.types import Rollouts
-from posttrain.suite_replies import Asker, Found, check_columns
+from posttrain.suite_replies import Asker, Found, Settings, check_columns
 from posttrain.suite_table import aligned, changed, shown
-from posttrain.tool_calls import ToolLimits, ToolTemplate
-from posttrain.tools import load_tools, with_tools
-from posttrain.tools.flags import options_of
+from posttrain.tool_calls import ToolRunner
+from posttrain.tools import load_tools, schemas
 
 WITH, WITHOUT, CALLS = "right with tools", "right without tools", "replies that call"
 UNASKED = "replies that call without tools"
@@ -36,36 +32,10 @@ NEEDED = 0.5
 SHOWN_KINDS = 3  # replies of each kind kept to look at
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a figure beside the model and the rows; the flags' own names."""
-
-    num_generations: int
-    max_tokens: int
-    sample_seed: int
-    temperature: float
-    top_p: float
-    top_k: int
-    system: str | None
-    tools: tuple[str, ...]
-    tool_options: dict
-    max_tool_calls: int = ToolLimits.max_tool_calls
-    max_tool_tokens: int = ToolLimits.max_tool_tokens
-    tool_timeout: float = ToolLimits.tool_timeout
-
-    @classmethod
-    def of(cls, given: Namespace) -> "Settings":
-        values = {key: getattr(given, key) for key in cls.__dataclass_fields__}
-        return cls(**values | {"tools": tuple(given.tools or ()), "tool_options": options_of(given)})
-
-    @property
-    def stored(self) -> dict:
-        """As JSON has it, without what the flags say already."""
-        return {key: value for key, value in asdict(self).items() if key not in ("tools", "tool_options")}
-
-    @property
-    def limits(self) -> dict:
-        return {key: getattr(self, key) for key in ("max_tool_calls", "max_tool_tokens", "tool_timeout")}
+def stored(settings: Settings) -> dict:
+    """As JSON has them, without what the flags say already."""
+    said = ("suite", "reward_funcs", "tools", "tool_options")
+    return {key: value for key, value in asdict(settings).items() if key not in said}
 
 
 class Both:
@@ -76,14 +46,9 @@ class Both:
         self.subject, self.settings = subject, settings
         bare = [{key: value for key, value in row.items() if key != "tools"} for row in rows]
         self.tools, self.told = load_tools(list(settings.tools), settings.tool_options), None
-        self.template: ToolTemplate | None = None
-        for tool in self.tools:
-            if tool.require is not None:
-                tool.require()
         if self.tools:
-            self.template = ToolTemplate(subject.tokenizer, self.tools)
-            told = with_tools(bare, list(settings.tools), settings.tool_options)
-            self.told = Asker(subject, told, settings)
+            self.template = ToolRunner(subject.tokenizer, self.tools).template
+            self.told = Asker(subject, [{**row, "tools": schemas(self.tools)} for row in bare], settings)
             bare = [bare[row["row"]] for row in self.told.rows]  # those that have room beside the tools
         self.bare = Asker(subject, bare, settings)
         if self.told is not None:
@@ -94,13 +59,9 @@ class Both:
 
     def replies(self) -> dict[str, Rollouts]:
         """WITH (where there are tools) and WITHOUT -> num_generations replies to each row, side by side."""
-        has = self.settings
-        stops = tuple(sorted(self.bare.stops))
-        sampling = Sampling(has.num_generations, has.max_tokens, stops, has.temperature, has.top_p, has.top_k)
-        found = {}
+        sampling, found = self.settings.sampling(self.bare.stops), {}
         if self.told is not None:
-            engine = ToolEngine(self.subject.engine, self.tools, self.subject.tokenizer, **has.limits)
-            found[WITH] = self.told.replies(sampling, engine)
+            found[WITH] = self.told.replies(sampling, self.settings.engine(self.subject))
         return found | {WITHOUT: self.bare.replies(sampling)}
 
 
@@ -127,7 +88,7 @@ def measure(subject, rows: list[dict], settings: Settings) -> Found:
         name: measured([v for v in column if v is not None], "%") for name, column in found.by_row.items()
     }
     found.samples = samples(replies[WITH], scores[WITH], subject.tokenizer, both.bare.stops)
-    found.more = {**settings.stored, "engine": subject.engine.name, "stop_ids": list(both.bare.stops)}
+    found.more = {**stored(settings), "engine": subject.engine.name, "stop_ids": list(both.bare.stops)}
     found.more["groups"] = {place: sum(members) for place, members in groups.items()}
     return found
 

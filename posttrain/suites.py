@@ -136,12 +136,10 @@ def _with_judge(one: Callable, given: Namespace) -> Callable:
 
 def check_flags(given: Namespace) -> None:
     """UserError for flags that the suite does not have or that need another one."""
-    if given.suite != "chat":
-        for flag in ("against", "reward", "judge"):
-            if getattr(given, flag) is not None:
-                raise UserError(f"--{flag}: works with --suite chat, found --suite {given.suite}; take the other or "
-                                f"leave --{flag} out")  # fmt: skip
-    _check_think(given)
+    _only_with("chat", ("against", "reward", "judge"), given)
+    _only_with("think", THINK_FLAGS, given)
+    if given.suite == "think" and given.reward_funcs:
+        raise UserError("--reward_funcs: --suite think judges by the verifier alone; leave it out")
     if given.tools and given.suite not in TOOL_SUITES:
         raise UserError(f"--tools: works with --suite {', '.join(TOOL_SUITES)}, found --suite {given.suite}; take "
                         "one of these or leave --tools out")  # fmt: skip
@@ -155,14 +153,11 @@ def check_flags(given: Namespace) -> None:
         raise UserError("--judge: it compares two models: add --against MODEL")
 
 
-def _check_think(given: Namespace) -> None:
-    if given.suite != "think":
-        for flag in THINK_FLAGS:
-            if getattr(given, flag) is not None:
-                raise UserError(f"--{flag}: works with --suite think, found --suite {given.suite}; take the other or "
-                                f"leave --{flag} out")  # fmt: skip
-    elif given.reward_funcs:
-        raise UserError("--reward_funcs: --suite think judges by the verifier alone; leave it out")
+def _only_with(suite: str, flags: tuple[str, ...], given: Namespace) -> None:
+    for flag in flags:
+        if given.suite != suite and getattr(given, flag) is not None:
+            raise UserError(f"--{flag}: works with --suite {suite}, found --suite {given.suite}; take the other or "
+                            f"leave --{flag} out")  # fmt: skip
 
 
 def _measure_replies(target: Target, given: Namespace, rows: list[dict], description: dict) -> Result:
@@ -170,25 +165,12 @@ def _measure_replies(target: Target, given: Namespace, rows: list[dict], descrip
     from posttrain.eval_base import Subject
 
     subject = Subject(Namespace(**{**vars(given), "model": target.path}))
-    if (suite := suite_table.module_of(given.suite)) is not None:
-        found = suite.measure(subject, rows, suite.Settings.of(given))
-    else:
-        found = suite_replies.measure(subject, rows, reply_settings(given))
+    suite = suite_table.module_of(given.suite) or suite_replies
+    found = suite.measure(subject, rows, suite.Settings.of(given))
     found.more |= {"dtype": str(subject.model.dtype).removeprefix("torch."), **_template(subject.tokenizer)}
     if len(found.rows) < len(rows):
         found.conclusions.append(f"{len(rows) - len(found.rows)} of {len(rows)} prompts are too long and left out")
     return Result(target, found, [description], conclusions=[*found.conclusions])
-
-
-def reply_settings(given: Namespace):
-    from posttrain.suite_replies import Settings
-    from posttrain.tools.flags import options_of
-
-    return Settings(
-        given.suite, given.num_generations, given.max_tokens, given.sample_seed, given.temperature, given.top_p,
-        given.top_k, given.system, tuple(given.reward_funcs), tuple(given.tools or ()), options_of(given),
-        given.max_tool_calls, given.max_tool_tokens, given.tool_timeout,
-    )  # fmt: skip
 
 
 def _template(tokenizer) -> dict:

@@ -12,7 +12,7 @@ from collections import Counter
 
 from posttrain.base_evals import ByteTrigram, bits_per_byte, few_shot_answers
 from posttrain.data import tiny
-from posttrain.data.tiny_world import ATTRIBUTES, DISHES, JOBS, PETS, fact_sentence, make_world
+from posttrain.data.tiny_world import ATTRIBUTES, fact_sentence, make_world, values_of
 from posttrain.intervals import measured
 from posttrain.regurgitation import bucket
 
@@ -24,7 +24,7 @@ def facts(seed: int, documents: list[str]) -> list[dict]:
     """{"prompt", "answer", "values", "times"} of each fact: `values` can be guessed from, `times` counts its sentence
     in the documents. The people most is written about come first."""
     world = make_world(seed)
-    values = {"town": [town[0] for town in world.towns], "job": JOBS, "pet": PETS, "dish": DISHES}
+    values = values_of(world)
     sentences = {
         fact_sentence(person, attribute): (getattr(person, attribute), attribute)
         for person in world.people

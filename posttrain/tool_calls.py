@@ -14,7 +14,7 @@ Two formats, told apart by what the template makes of a call, so a template of y
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from posttrain.chat import control_tokens, encode_chat, reply_end_id
 from posttrain.errors import UserError
@@ -54,6 +54,11 @@ class ToolLimits:
                 raise UserError(f"{key}: found {getattr(self, key)}, expected at least 1")
         if not self.tool_timeout > 0:
             raise UserError(f"tool_timeout: found {self.tool_timeout}, expected seconds above 0")
+
+
+def limits_of(given) -> dict:
+    """The keys of `ToolLimits` with what `given`, flags or a config that has them all, says."""
+    return {limit.name: getattr(given, limit.name) for limit in fields(ToolLimits)}
 
 
 class ToolRunner:
@@ -169,12 +174,10 @@ class ToolTemplate:
         """(what the ids of a turn say beside calls, special tokens left out; how many characters at its end may yet
         turn out to begin a call)."""
         if self.marks is not None:
-            return self._decoded([id for id, inside in zip(turn, self._inside(turn), strict=True) if not inside]), 0
-        text = CALL.sub("", self._decoded(turn)).partition(OPENED)[0]
+            outside = [id for id, inside in zip(turn, self._inside(turn), strict=True) if not inside]
+            return decoded(self.tokenizer, outside), 0
+        text = CALL.sub("", decoded(self.tokenizer, turn)).partition(OPENED)[0]
         return text, next((n for n in range(len(OPENED) - 1, 0, -1) if text.endswith(OPENED[:n])), 0)
-
-    def _decoded(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _inside(self, turn: list[int]) -> list[bool]:
         """Which ids belong to a call of the plain format, marks included."""
@@ -231,6 +234,11 @@ class ToolTemplate:
         if self.end_id not in ids:
             raise UserError("it ends a turn that calls by no end token")
         return ids[: len(ids) - ids[::-1].index(self.end_id)]
+
+
+def decoded(tokenizer, ids: list[int]) -> str:
+    """A turn's text without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _calling(calls: int) -> list[dict]:

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from posttrain.data.tiny import FACT_QUESTIONS, SUM_QUESTIONS, questions, sums
-from posttrain.data.tiny_world import ATTRIBUTES, DISHES, JOBS, PETS, World, fact_sentence, make_world, steps_of_sum
+from posttrain.data.tiny_world import ATTRIBUTES, World, fact_sentence, make_world, steps_of_sum, values_of
 
 EXAMPLES, QUESTIONS = 8, 40
 INTERVIEWS, TURNS = 3000, 4
@@ -30,7 +30,7 @@ NAMES = ("Tom", "Anna", "Sue", "Ben", "Lily", "Max", "Clerk", "Visitor", "Teache
 
 def fact(world: World, person, attribute: str, rng: random.Random) -> dict:
     """A question about a person, the sentence that answers it, its value and all others."""
-    values = {"town": [town[0] for town in world.towns], "job": JOBS, "pet": PETS, "dish": DISHES}[attribute]
+    values = values_of(world)[attribute]
     answer = getattr(person, attribute)
     return {
         "input": rng.choice(FACT_QUESTIONS[attribute]).format(name=person.name),

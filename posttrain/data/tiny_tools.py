@@ -18,7 +18,7 @@ many others and each of them hardly twice, so that what they teach is to read th
 """
 
 import random
-from itertools import islice, product
+from itertools import islice
 
 from posttrain.data import tiny
 from posttrain.data.tiny_world import (
@@ -35,6 +35,8 @@ from posttrain.data.tiny_world import (
     fact_sentence,
     make_world,
     steps_of_sum,
+    unused_names,
+    values_of,
 )
 
 KINDS = ("library", "tool_conversations", "tool_problems")
@@ -76,9 +78,7 @@ def rows(kind: str, split: str, num: int | None, seed: int):
 def everybody(world: World, seed: int) -> list[Person]:
     """The people, then the strangers and MORE others with facts drawn by the seed; `weight` 0: nothing is written."""
     rng, towns = random.Random(f"library-{seed}"), [town[0] for town in world.towns]
-    taken = {person.name for person in world.people} | set(world.strangers)
-    names = [f"{a}{b} {c}{d}" for a, b, c, d in product(FIRST, SECOND, THIRD, FOURTH)]
-    others = rng.sample([name for name in names if name not in taken], MORE)
+    others = rng.sample(unused_names(world), MORE)
     drawn = [
         Person(name, rng.choice(towns), rng.choice(JOBS), rng.choice(PETS), rng.choice(DISHES), weight=0)
         for name in (*world.strangers, *others)
@@ -114,7 +114,7 @@ class Asker:
             "rare fact": [(p, a) for p, a in known if p.name not in famous],
             "stranger": [(p, a) for p in unheard for a in ATTRIBUTES],
         }
-        self.values = {"town": [town[0] for town in world.towns], "job": JOBS, "pet": PETS, "dish": DISHES}
+        self.values = values_of(world)
 
     def _strangers(self, world: World, shelf: list[Person]) -> list[Person]:
         names = set(tiny.strangers(world, self.split))

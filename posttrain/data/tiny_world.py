@@ -6,6 +6,7 @@ In: a seed. Out: a `World` (people and towns with facts, people nobody has heard
 
 import random
 from dataclasses import dataclass
+from itertools import product
 
 NUM_PEOPLE, NUM_TOWNS, NUM_STRANGERS = 100, 20, 400
 ATTRIBUTES = ("town", "job", "pet", "dish")
@@ -45,7 +46,7 @@ class World:
 def make_world(seed: int) -> World:
     """The same seed gives the same world. Names of strangers are disjoint from names of people."""
     rng = random.Random(f"world-{seed}")
-    names = [f"{a}{b} {c}{d}" for a in FIRST for b in SECOND for c in THIRD for d in FOURTH]
+    names = all_names()
     rng.shuffle(names)
     town_names = [
         f"{c}{d}" for c in ("Ar", "Bel", "Cor", "Dun", "Ost", "Vel") for d in ("vale", "haven", "moor", "field")
@@ -57,6 +58,22 @@ def make_world(seed: int) -> World:
         for rank, name in enumerate(names[:NUM_PEOPLE])
     )
     return World(people, towns, tuple(names[NUM_PEOPLE : NUM_PEOPLE + NUM_STRANGERS]))
+
+
+def all_names() -> list[str]:
+    """Every name that can be made, in one order."""
+    return [f"{a}{b} {c}{d}" for a, b, c, d in product(FIRST, SECOND, THIRD, FOURTH)]
+
+
+def unused_names(world: World) -> list[str]:
+    """Names of nobody in the world: neither its people's nor its strangers'."""
+    taken = {person.name for person in world.people} | set(world.strangers)
+    return [name for name in all_names() if name not in taken]
+
+
+def values_of(world: World) -> dict[str, tuple[str, ...]]:
+    """Attribute -> what it can be."""
+    return {"town": tuple(town[0] for town in world.towns), "job": JOBS, "pet": PETS, "dish": DISHES}
 
 
 def fact_sentence(person: Person, attribute: str) -> str:

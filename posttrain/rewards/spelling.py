@@ -11,7 +11,7 @@ Case does not count.
 import re
 
 from posttrain.rewards.math import is_correct
-from posttrain.rewards.text import reply_text
+from posttrain.rewards.text import last_turns
 
 NUMBERS = {
     "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
@@ -25,10 +25,9 @@ SINGLE = re.compile(r"(?<![A-Za-z'\u2019])[A-Za-z](?![A-Za-z'\u2019])")
 
 def spelled(prompts, completions, completion_ids=None, *, answer, form, turns=None, **columns) -> list[float | None]:
     """1.0 where the reply's last turn gives the answer, 0.0 where not, None where `answer` is None."""
-    last = [texts[-1] if texts else "" for texts in turns or [[reply_text(one)] for one in completions]]
     return [
         None if gold is None else float(FORMS[kind](text, gold))
-        for text, gold, kind in zip(last, answer, form, strict=True)
+        for text, gold, kind in zip(last_turns(completions, turns), answer, form, strict=True)
     ]
 
 

@@ -8,6 +8,12 @@ def reply_text(completion) -> str:
     return (completion[-1]["content"] or "") if completion else ""
 
 
+def last_turns(completions, turns=None) -> list[str]:
+    """What each completion says at last: of `turns`, the texts of the model's own turns, the last one ("" for none);
+    without them the completion's text."""
+    return [texts[-1] if texts else "" for texts in turns or [[reply_text(one)] for one in completions]]
+
+
 def prompt_text(prompt) -> str:
     """The text of a prompt: itself, or of a list of messages what the last user said."""
     if not isinstance(prompt, list):

@@ -12,7 +12,7 @@ works out well enough, it then answers at once. Without it nothing speaks agains
 """
 
 from posttrain.rewards.honest import stated
-from posttrain.rewards.text import reply_text
+from posttrain.rewards.text import last_turns
 
 
 def answered(
@@ -20,8 +20,7 @@ def answered(
 ) -> list[float | None]:
     """1.0 where the model's last turn states the answer as `stated` reads it, 0.0 where not, None where `answer` is
     None: what only a tool said does not count."""
-    last = [texts[-1] if texts else "" for texts in turns or [[reply_text(one)] for one in completions]]
-    return stated(prompts, last, answer=answer, others=others, **columns)
+    return stated(prompts, last_turns(completions, turns), answer=answer, others=others, **columns)
 
 
 def call_cost(prompts, completions, completion_ids=None, *, calls=None, **columns) -> list[float]:

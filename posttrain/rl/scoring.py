@@ -23,23 +23,24 @@ def call_rewards(
     UserError as `rewards.calls.run_rewards` does.
     """
     stops = stop_ids(tokenizer)
-    own = own_tokens([c.ids for c in rollouts.completions], _masks(rollouts))
+    texts = [decode(tokenizer, c.ids, stops) for c in rollouts.completions]
+    masks = [[1] * len(c.ids) if c.mask is None else c.mask for c in rollouts.completions]
+    turns = own_tokens([c.ids for c in rollouts.completions], masks)
     names = dict.fromkeys(key for row in rollouts.rows for key in row if key not in OURS)
     arguments = {
         "prompts": [row.get("prompt") for row in rollouts.rows],
-        "completions": [decode(tokenizer, c.ids, stops) for c in rollouts.completions],
+        "completions": texts,
         "completion_ids": [c.ids for c in rollouts.completions],
         **{key: [row.get(key) for row in rollouts.rows] for key in names},
         "prompt_ids": rollouts.prompt_ids,
-        "completion_mask": _masks(rollouts),
-        "turns": [[decode(tokenizer, ids, stops) for ids in turns] for turns in own],
+        "completion_mask": masks,
+        "turns": [
+            [text] if own == [c.ids] else [decode(tokenizer, ids, stops) for ids in own]
+            for text, own, c in zip(texts, turns, rollouts.completions, strict=True)
+        ],
         "calls": [c.calls or 0 for c in rollouts.completions],
     }
     return run_rewards(rewards, arguments, [_row(rollouts, i) for i in range(len(rollouts.rows))], timeout)
-
-
-def _masks(rollouts: Rollouts) -> list[list[int]]:
-    return [[1] * len(c.ids) if c.mask is None else c.mask for c in rollouts.completions]
 
 
 def _row(rollouts: Rollouts, index: int) -> int:

@@ -47,8 +47,8 @@ def options_of(given: argparse.Namespace) -> dict:
 
 def loaded(given: argparse.Namespace) -> tuple[list, object]:
     """(the tools, their `ToolLimits`). UserError for names, options or limits that will not do."""
-    from posttrain.tool_calls import ToolLimits
+    from posttrain.tool_calls import ToolLimits, limits_of
     from posttrain.tools import load_tools
 
-    limits = ToolLimits(**{limit.name: getattr(given, limit.name) for limit in fields(ToolLimits)})
+    limits = ToolLimits(**limits_of(given))
     return load_tools(given.tools or [], options_of(given)), limits
